@@ -1,0 +1,1 @@
+"""Run async workflows from synchronous code, on one managed event loop per process."""

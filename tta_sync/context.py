@@ -1,0 +1,331 @@
+"""What travels with a call: its context, its deadline, and the ports through which the layers above are reached.
+
+One :class:`WorkflowContext` belongs to one call. It is shared by the steps of a sequence and copied for the branches of a
+parallel. Nothing here is thread-safe by itself: at any time only one thread, the loop's or the waiting caller's, works on
+a context.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from tta_sync.clock import SYSTEM_CLOCK, Clock
+from tta_sync.exceptions import DeadlineExceededError
+
+T = TypeVar("T")
+
+
+class Deadline:
+    """The moment by which a whole call must have ended.
+
+    Monotonic inside the process; ``expires_at`` is the same moment on the wall clock, for what crosses to another one.
+    """
+
+    __slots__ = ("at", "clock", "seconds")
+
+    def __init__(self, at: float, seconds: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.at = at  # on clock.monotonic()
+        self.seconds = seconds  # what it was set to, for messages
+        self.clock = clock
+
+    @classmethod
+    def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
+        """Make the deadline that passes *seconds* from now."""
+        return cls(clock.monotonic() + seconds, seconds, clock)
+
+    @classmethod
+    def from_expires_at(cls, expires_at: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
+        """Rebase a wall-clock moment, as another process gave it, onto this process's clock."""
+        remaining = expires_at - clock.time()
+        return cls(clock.monotonic() + remaining, None, clock)
+
+    @property
+    def expires_at(self) -> float:
+        """Seconds since the epoch."""
+        return self.clock.time() + self.remaining()
+
+    def remaining(self) -> float:
+        """Return the seconds left; negative once it has passed."""
+        return self.at - self.clock.monotonic()
+
+    def raise_exceeded(self) -> NoReturn:
+        """Raise the error that belongs to this deadline."""
+        raise DeadlineExceededError(self.seconds)
+
+    def __repr__(self) -> str:
+        return f"Deadline({self.remaining():.3f} s left)"
+
+
+class WorkflowContext:
+    """Carry one call's identity, deadline and shared state through its steps.
+
+    Args:
+        correlation_id: the same for everything that one request causes; made at first use where it is None.
+        deadline: a :class:`Deadline`; every primitive honours it.
+        tenant: whose call this is; part of every cache key.
+        state: what steps tell each other; a branch of a parallel gets a shallow copy.
+
+    ``degraded`` is True once a fallback has answered, here or in a child context. An unknown keyword is a TypeError.
+    The names are TTA.dev's; ``deadline``, ``tenant`` and ``clock`` are ours.
+    """
+
+    __slots__ = (
+        "_correlation_id",
+        "_parent",
+        "baggage",
+        "causation_id",
+        "checkpoints",
+        "clock",
+        "deadline",
+        "degraded",
+        "metadata",
+        "parent_span_id",
+        "player_id",
+        "session_id",
+        "span_id",
+        "start_time",
+        "state",
+        "tags",
+        "tenant",
+        "trace_flags",
+        "trace_id",
+        "workflow_id",
+    )
+
+    def __init__(
+        self,
+        workflow_id: str | None = None,
+        session_id: str | None = None,
+        player_id: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
+        trace_id: str | None = None,
+        span_id: str | None = None,
+        parent_span_id: str | None = None,
+        trace_flags: int = 1,
+        correlation_id: str | None = None,
+        causation_id: str | None = None,
+        baggage: dict[str, str] | None = None,
+        tags: dict[str, str] | None = None,
+        start_time: float | None = None,
+        checkpoints: list[tuple[str, float]] | None = None,
+        deadline: Deadline | None = None,
+        tenant: str | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.workflow_id = workflow_id
+        self.session_id = session_id
+        self.player_id = player_id
+        self.metadata: dict[str, Any] = {} if metadata is None else metadata
+        self.state: dict[str, Any] = {} if state is None else state
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.parent_span_id = parent_span_id
+        self.trace_flags = trace_flags
+        self._correlation_id = correlation_id
+        self.causation_id = causation_id
+        self.baggage: dict[str, str] = {} if baggage is None else baggage
+        self.tags: dict[str, str] = {} if tags is None else tags
+        self.start_time = clock.time() if start_time is None else start_time
+        self.checkpoints: list[tuple[str, float]] = [] if checkpoints is None else checkpoints
+        self.deadline = deadline
+        self.tenant = tenant
+        self.clock = clock
+        self.degraded = False
+        self._parent: WorkflowContext | None = None
+
+    @property
+    def correlation_id(self) -> str:
+        """The id that joins all that one request causes."""
+        if self._correlation_id is None:
+            # A child asks its parent, so that siblings which ask first still share one id.
+            self._correlation_id = str(uuid.uuid4()) if self._parent is None else self._parent.correlation_id
+        return self._correlation_id
+
+    @correlation_id.setter
+    def correlation_id(self, value: str) -> None:
+        self._correlation_id = value
+
+    def checkpoint(self, name: str) -> None:
+        """Note that *name* was reached now."""
+        self.checkpoints.append((name, self.clock.time()))
+
+    def elapsed_ms(self) -> float:
+        """Return the milliseconds since the context was made."""
+        return (self.clock.time() - self.start_time) * 1000.0
+
+    def mark_degraded(self) -> None:
+        """Say that something lesser than asked for has answered, here and in every ancestor."""
+        context: WorkflowContext | None = self
+        while context is not None:
+            context.degraded = True
+            context = context._parent
+
+    def create_child_context(self) -> WorkflowContext:
+        """Make the context of a branch: same identity, deadline and clock, its own shallow copy of the rest."""
+        child = WorkflowContext(
+            self.workflow_id,
+            self.session_id,
+            self.player_id,
+            self.metadata.copy(),
+            self.state.copy(),
+            self.trace_id,
+            None,
+            self.span_id,
+            self.trace_flags,
+            self._correlation_id,
+            None,
+            self.baggage.copy(),
+            self.tags.copy(),
+            self.start_time,
+            None,
+            self.deadline,
+            self.tenant,
+            self.clock,
+        )
+        child._parent = self
+        child.causation_id = self.correlation_id
+        return child
+
+    def next_call(self) -> WorkflowContext:
+        """Make the context of another call in the same request or job: same id, deadline and tenant, fresh state."""
+        return WorkflowContext(
+            workflow_id=self.workflow_id,
+            session_id=self.session_id,
+            player_id=self.player_id,
+            trace_id=self.trace_id,
+            parent_span_id=self.parent_span_id,
+            trace_flags=self.trace_flags,
+            correlation_id=self.correlation_id,
+            causation_id=self.causation_id,
+            baggage=self.baggage.copy(),
+            deadline=self.deadline,
+            tenant=self.tenant,
+            clock=self.clock,
+        )
+
+    def to_otel_context(self) -> dict[str, Any]:
+        """Return the span attributes that TTA.dev sets."""
+        return {
+            "workflow.id": self.workflow_id or "unknown",
+            "workflow.session_id": self.session_id or "unknown",
+            "workflow.player_id": self.player_id or "unknown",
+            "workflow.correlation_id": self.correlation_id,
+            "workflow.elapsed_ms": self.elapsed_ms(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what crosses to another process as plain JSON types; the deadline goes as a wall-clock moment."""
+        return {
+            "workflow_id": self.workflow_id,
+            "session_id": self.session_id,
+            "player_id": self.player_id,
+            "metadata": self.metadata,
+            "state": self.state,
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
+            "parent_span_id": self.parent_span_id,
+            "trace_flags": self.trace_flags,
+            "correlation_id": self.correlation_id,
+            "causation_id": self.causation_id,
+            "baggage": self.baggage,
+            "tags": self.tags,
+            "start_time": self.start_time,
+            "checkpoints": [list(checkpoint) for checkpoint in self.checkpoints],
+            "tenant": self.tenant,
+            "degraded": self.degraded,
+            "expires_at": None if self.deadline is None else self.deadline.expires_at,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], clock: Clock = SYSTEM_CLOCK) -> WorkflowContext:
+        """Rebuild what :meth:`to_dict` gave, with the deadline rebased onto this process's clock."""
+        fields = dict(data)
+        expires_at = fields.pop("expires_at", None)
+        degraded = fields.pop("degraded", False)
+        fields["checkpoints"] = [(name, when) for name, when in fields.get("checkpoints") or ()]
+        context = cls(**fields, clock=clock)
+        context.degraded = degraded
+        if expires_at is not None:
+            context.deadline = Deadline.from_expires_at(expires_at, clock)
+        return context
+
+    def __repr__(self) -> str:
+        return f"WorkflowContext(correlation_id={self.correlation_id!r}, workflow_id={self.workflow_id!r})"
+
+
+# ---- where a call stands ------------------------------------------------------------------------------------------------
+
+running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_context", default=None)
+"""The context of the workflow that the current task runs; set by the facade inside the task, so it never leaks out."""
+
+time_limit: ContextVar[float | None] = ContextVar("tta_sync_time_limit", default=None)
+"""The earliest moment (``context.clock.monotonic()``) at which a TimeoutPrimitive around this step will cut it."""
+
+context_providers: list[Callable[[], WorkflowContext | None]] = []
+"""Who else may know the current context: tta_sync.flask adds the request's, tta_sync.rq the job's."""
+
+
+def current_context() -> WorkflowContext | None:
+    """Return the context of the running workflow, else of the current request or job, else None."""
+    context = running_context.get()
+    if context is not None:
+        return context
+    for provider in context_providers:
+        context = provider()
+        if context is not None:
+            return context
+    return None
+
+
+def cut_off(context: WorkflowContext) -> float | None:
+    """Return the moment on ``context.clock`` at which this step will be cut: deadline or time limit, the earlier one."""
+    limit = time_limit.get()
+    deadline = context.deadline
+    if deadline is None:
+        return limit
+    return deadline.at if limit is None or deadline.at < limit else limit
+
+
+# ---- ports: filled from above, asked from below -------------------------------------------------------------------------
+
+
+class Caller(Protocol):
+    """A synchronous thread that waits for a workflow and can be given work meanwhile."""
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run *fn* on the caller's thread.
+
+        Raises:
+            NoCallerError: the caller has left.
+        """
+
+
+class Pool(Protocol):
+    """Threads for sync steps that need no caller."""
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run *fn* on one of the pool's threads."""
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("tta_sync_caller", default=None)
+current_pool: ContextVar[Pool | None] = ContextVar("tta_sync_pool", default=None)
+
+
+class Workflow(Protocol):
+    """Anything that runs as a workflow: ours, or a foreign object with the same method."""
+
+    def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
+
+
+class _Ports:
+    """What lower layers may call upwards."""
+
+    sync_entry: Callable[[Workflow, Any, WorkflowContext | None, float | None], Any]
+    """Set by tta_sync.facade at import: run a workflow on the managed loop and wait for it."""
+
+
+ports = _Ports()

@@ -1,0 +1,174 @@
+"""Every error that tta_sync raises of its own accord.
+
+TTASyncError
+ ├ ConfigurationError (ValueError)         built wrong; raised at construction, says what to write instead
+ ├ LoopUnavailableError (RuntimeError)     shut down, or called from the loop thread / inside a running loop
+ ├ NoCallerError (RuntimeError)            a caller step with nobody waiting in run_sync
+ ├ SaturatedError (RuntimeError)           max_in_flight reached                       .retry_after
+ └ WorkflowError
+    ├ StepTimeoutError (TimeoutError)      one step's own limit                        .step .timeout
+    ├ DeadlineExceededError (TimeoutError) the whole call's                            .deadline
+    ├ CircuitOpenError                     .circuit .retry_after .failure_count .last_error
+    ├ BulkheadFullError, RateLimitedError                                              .retry_after
+    ├ NoRouteError (ValueError)                                                        .key .routes
+    └ SagaError (ExceptionGroup)           the step's error and the failed compensations
+
+Errors of the user's own code pass through as themselves. Every class pickles, with its notes: RQ carries errors between
+processes. Durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = [
+    "BulkheadFullError",
+    "CircuitBreakerError",
+    "CircuitOpenError",
+    "ConfigurationError",
+    "DeadlineExceededError",
+    "LoopUnavailableError",
+    "NoCallerError",
+    "NoRouteError",
+    "RateLimitedError",
+    "SagaError",
+    "SaturatedError",
+    "StepTimeoutError",
+    "TTASyncError",
+    "WorkflowError",
+]
+
+
+class TTASyncError(Exception):
+    """The root of the tree: whatever tta_sync itself refuses or gives up on."""
+
+
+class ConfigurationError(TTASyncError, ValueError):
+    """Something was built wrong; the message says what to write instead."""
+
+
+class LoopUnavailableError(TTASyncError, RuntimeError):
+    """The managed loop cannot take this call here or now."""
+
+
+class NoCallerError(TTASyncError, RuntimeError):
+    """A step wants the caller's thread, and nobody waits there."""
+
+
+class SaturatedError(TTASyncError, RuntimeError):
+    """The facade already has as many calls in flight as it may have."""
+
+    def __init__(self, limit: int, retry_after: float = 1.0) -> None:
+        super().__init__(limit, retry_after)
+        self.limit = limit
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.limit} calls are in flight, which is the limit; try again in {self.retry_after:g} s"
+
+
+class WorkflowError(TTASyncError):
+    """A primitive gave up on a step."""
+
+
+class _TimeoutBase(WorkflowError, TimeoutError):
+    """A TimeoutError is an OSError, which takes two arguments for errno and text: keep ours out of its reach."""
+
+    _arguments: tuple[Any, ...]
+
+    def __init__(self, message: str, *arguments: Any) -> None:
+        super().__init__(message)
+        self._arguments = arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        return type(self), self._arguments, self.__dict__
+
+
+class StepTimeoutError(_TimeoutBase):
+    """A step ran longer than the limit that was set for it.
+
+    ``step`` names it, ``timeout`` is the limit in seconds, ``detail`` says what else a reader must know (a thread that
+    could not be interrupted, say).
+    """
+
+    def __init__(self, step: str, timeout: float, detail: str = "") -> None:
+        super().__init__(f"{step} took longer than its {timeout:g} s{detail and '; ' + detail}", step, timeout, detail)
+        self.step = step
+        self.timeout = timeout
+        self.detail = detail
+
+
+class DeadlineExceededError(_TimeoutBase):
+    """The deadline of the whole call has passed; ``deadline`` is what it was set to, in seconds, where that is known."""
+
+    def __init__(self, deadline: float | None = None) -> None:
+        of = "" if deadline is None else f" of {deadline:g} s"
+        super().__init__(f"the call's deadline{of} has passed", deadline)
+        self.deadline = deadline
+
+
+class CircuitOpenError(WorkflowError):
+    """The circuit is open: the step was not called."""
+
+    def __init__(
+        self,
+        circuit: str,
+        retry_after: float = 0.0,
+        failure_count: int = 0,
+        last_error: BaseException | None = None,
+    ) -> None:
+        super().__init__(circuit, retry_after, failure_count, last_error)
+        self.circuit = circuit
+        self.retry_after = retry_after
+        self.failure_count = failure_count
+        self.last_error = last_error
+
+    def __str__(self) -> str:
+        return f"circuit {self.circuit} is open after {self.failure_count} failures; next try in {self.retry_after:.3g} s"
+
+
+CircuitBreakerError = CircuitOpenError  # TTA.dev's name
+
+
+class BulkheadFullError(WorkflowError):
+    """The bulkhead has no place for another call, nor in its queue."""
+
+    def __init__(self, bulkhead: str, retry_after: float = 0.0) -> None:
+        super().__init__(bulkhead, retry_after)
+        self.bulkhead = bulkhead
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"bulkhead {self.bulkhead} is full; try again in {self.retry_after:.3g} s"
+
+
+class RateLimitedError(WorkflowError):
+    """The rate limit has no token left for this call."""
+
+    def __init__(self, limiter: str, retry_after: float = 0.0) -> None:
+        super().__init__(limiter, retry_after)
+        self.limiter = limiter
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"rate limit {self.limiter} is spent; next call in {self.retry_after:.3g} s"
+
+
+class NoRouteError(WorkflowError, ValueError):
+    """The router's key matches no route and there is no default."""
+
+    def __init__(self, key: object, routes: Sequence[str]) -> None:
+        super().__init__(key, routes)
+        self.key = key
+        self.routes = routes
+
+    def __str__(self) -> str:
+        return f"no route for {self.key!r}; the routes are {', '.join(map(repr, self.routes))}"
+
+
+class SagaError(WorkflowError, ExceptionGroup[Exception]):
+    """A saga failed, and so did some of its compensations: the step's error first, then theirs."""
+
+    def derive(self, excs: Sequence[Exception]) -> SagaError:  # type: ignore[override]  # same group, other members
+        return SagaError(self.message, excs)
