@@ -1,8 +1,8 @@
 """The contract of every primitive, and how plain functions become one.
 
-Two methods, one per audience: ``execute(data, context)`` is what users call and override; ``_run(data, context)`` is what
-composites call. ``execute`` sorts out the spellings of its arguments once, at the entry; ``_run`` never looks. Defining
-either in a subclass gives the other.
+Two methods, one per audience: ``execute(data, context)`` is what users call and override; ``_run(data, context)`` is
+what composites call. ``execute`` sorts out the spellings of its arguments once, at the entry; ``_run`` never looks.
+Defining either in a subclass gives the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, overlo
 
 from tta_sync.context import WorkflowContext, current_caller, current_context, current_pool, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
+from tta_sync.primitives.core.composition import children_of, details_of
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.parallel import ParallelPrimitive
@@ -45,10 +46,8 @@ _CONTEXT_FIRST = frozenset({"context", "ctx"})
 Run = Callable[[Any, Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
 
-def sort_arguments(
-    data: Any, context: Any, keywords: dict[str, Any] | None = None
-) -> tuple[Any, WorkflowContext]:
-    """Bring both orders and all keyword spellings of ``execute`` to (data, context); make a context where there is none."""
+def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = None) -> tuple[Any, WorkflowContext]:
+    """Bring every order and keyword spelling of ``execute`` to (data, context); make a context where there is none."""
     if keywords:
         if "input_data" in keywords:
             data = keywords.pop("input_data")
@@ -86,8 +85,8 @@ def _context_first(function: Callable[..., Any]) -> bool:
 class WorkflowPrimitive(Generic[In, Out]):
     """One step of a workflow: takes data and a context, returns a result, composes with ``>>`` and ``|``.
 
-    Subclass it with ``async def execute(self, data, context)``. Subclasses need not call ``super().__init__()``, may take
-    the context first (``execute(self, context, data)``), and may be built at import time: nothing here needs a loop.
+    Subclass it with ``async def execute(self, data, context)``. Subclasses need not call ``super().__init__()``, may
+    take the context first (``execute(self, context, data)``), and may be built at import time: they need no loop.
 
     Class attributes for subclasses:
         idempotent: False keeps Retry and Hedge from running the step a second time after it may have had an effect.
@@ -100,6 +99,8 @@ class WorkflowPrimitive(Generic[In, Out]):
     idempotent: bool | None = None
     peeks: ClassVar[bool] = False
     name: str | None = None
+    runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
+    strategy: ClassVar[str] = ""  # "retry", "timeout", "cache" ...: what conflict() looks at, without an import
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -147,6 +148,21 @@ class WorkflowPrimitive(Generic[In, Out]):
         """
         return MISS
 
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        """Return the steps that this one is directly made of."""
+        return ()
+
+    def details(self) -> str:
+        """Return the options worth reading in a repr or a diagram, as ``name=value, ...``."""
+        return ""
+
+    def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
+        """Say why it makes no sense to have *inner* inside this step, with the remedy; None where it does.
+
+        *direct* is True where only wrappers of one step stand between, no sequence and no parallel.
+        """
+        return None
+
     @overload
     def __rshift__(self, other: WorkflowPrimitive[Out, Next]) -> SequentialPrimitive[In, Next]: ...
     @overload
@@ -172,7 +188,10 @@ class WorkflowPrimitive(Generic[In, Out]):
         return ParallelPrimitive.join(other, self) if is_step(other) else NotImplemented
 
     def __repr__(self) -> str:
-        return self.name or type(self).__name__
+        parts = ", ".join(filter(None, (*map(repr, children_of(self)), details_of(self))))
+        if not parts:
+            return step_name(self)
+        return f"{type(self).__name__.removesuffix('Primitive')}({parts})"
 
 
 def is_step(candidate: object) -> bool:
@@ -195,7 +214,8 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
     if callable(candidate):
         return LambdaPrimitive(candidate)
     raise ConfigurationError(
-        f"{candidate!r} cannot be a step: give a primitive, an object with `async execute(data, context)`, or a function"
+        f"{candidate!r} cannot be a step: "
+        "give a primitive, an object with `async execute(data, context)`, or a function"
     )
 
 
@@ -216,7 +236,7 @@ class ForeignPrimitive(WorkflowPrimitive[Any, Any]):
         return await self.foreign.execute(data, context)
 
 
-def _takes_context(function: Callable[..., Any]) -> bool:
+def takes_context(function: Callable[..., Any]) -> bool:
     """Say whether *function* wants ``(data, context)`` rather than ``(data)``."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -233,7 +253,7 @@ def _takes_context(function: Callable[..., Any]) -> bool:
 class LambdaPrimitive(WorkflowPrimitive[In, Out]):
     """A function as a step, run on the loop: ``func(data, context)`` or ``func(data)``, plain or async.
 
-    A plain function must not block: it holds the loop. :func:`thread_step` and :func:`caller_step` are for those that do.
+    A plain function must not block: it holds the loop. What blocks is for :func:`thread_step` or :func:`caller_step`.
     What the function returns is awaited if it is awaitable, so a lambda around a coroutine works.
     """
 
@@ -249,7 +269,7 @@ class LambdaPrimitive(WorkflowPrimitive[In, Out]):
         self.func = func
         self.name = name or step_name(func)
         self.idempotent = idempotent
-        self._takes_context = _takes_context(func)
+        self._takes_context = takes_context(func)
         # `@step` keeps the function's face: its docstring, module, and signature for whoever inspects it.
         functools.update_wrapper(self, func, updated=())
 
@@ -266,7 +286,9 @@ class LambdaPrimitive(WorkflowPrimitive[In, Out]):
 
 
 class CallerPrimitive(LambdaPrimitive[In, Out]):
-    """A plain function as a step, run on the thread that waits in ``run_sync``: sessions and thread-locals work there."""
+    """A plain function as a step, run on the thread that waits in ``run_sync``, with its sessions and thread-locals."""
+
+    runs_on = "caller"
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         caller = current_caller.get()
@@ -291,6 +313,7 @@ class CallerPrimitive(LambdaPrimitive[In, Out]):
 class ThreadPrimitive(CallerPrimitive[In, Out]):
     """A plain function as a step, run on a thread of the loop's pool: for work that blocks and needs no caller."""
 
+    runs_on = "pool"
     _kind = "thread_step"
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:

@@ -41,6 +41,9 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
         """The steps, under TTA.dev's name."""
         return list(self.steps)
 
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        return self.steps
+
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
         position = 0
         try:

@@ -1,0 +1,73 @@
+"""What a workflow is made of, seen from outside: its parts, and compositions that defeat themselves.
+
+Three class-level answers carry this, all optional: ``children()`` (the direct parts), ``details()`` (the options worth
+reading) and ``conflict(inner, direct)`` (why having *inner* inside makes no sense). They are asked of the class, so a
+user's instance attribute of the same name is no matter.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.base import WorkflowPrimitive
+
+    Primitive = WorkflowPrimitive[Any, Any]
+
+
+class CompositionWarning(UserWarning):
+    """A workflow is built so that one part keeps another from doing its work."""
+
+
+def children_of(primitive: Primitive) -> tuple[Primitive, ...]:
+    """Return the direct parts of *primitive*; () for a leaf, or where a user's class has its own `children`."""
+    from tta_sync.primitives.core.base import WorkflowPrimitive
+
+    answer = getattr(type(primitive), "children", None)
+    parts = answer(primitive) if callable(answer) else ()
+    if not isinstance(parts, (tuple, list)):
+        return ()
+    return tuple(part for part in parts if isinstance(part, WorkflowPrimitive))
+
+
+def details_of(primitive: Primitive) -> str:
+    """Return the options worth reading of *primitive*, as ``name=value, ...``."""
+    answer = getattr(type(primitive), "details", None)
+    text = answer(primitive) if callable(answer) else ""
+    return text if isinstance(text, str) else ""
+
+
+def inside(primitive: Primitive) -> Iterator[tuple[Primitive, bool]]:
+    """Yield every part of *primitive* at any depth, with True where only wrappers of one part stand between."""
+    seen = {id(primitive)}
+    found = [(primitive, True)]
+    while found:
+        outer, direct = found.pop()
+        parts = children_of(outer)
+        direct = direct and len(parts) == 1
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part, direct
+                found.append((part, direct))
+
+
+def check_composition(primitive: Primitive) -> None:
+    """Warn of each part inside *primitive* that ``primitive.conflict`` objects to. Composites call it when built."""
+    for inner, direct in inside(primitive):
+        objection = primitive.conflict(inner, direct)
+        if objection:
+            warn_user(objection)
+
+
+def warn_user(message: str) -> None:
+    """Emit a CompositionWarning that points at the line outside tta_sync that built the workflow."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tta_sync":
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, CompositionWarning, stacklevel=level)

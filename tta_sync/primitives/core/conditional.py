@@ -1,0 +1,48 @@
+"""One step or another, by a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tta_sync.context import WorkflowContext
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name
+
+
+class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
+    """Run *then_primitive* where the condition holds, else *else_primitive*; without one, the input passes through.
+
+    Args:
+        condition: ``condition(data, context)`` or ``condition(data)``, plain or async; judged by its truth.
+        then_primitive: the step for true.
+        else_primitive: the step for false; None passes the input through.
+
+    Raises:
+        ConfigurationError: a part is no step.
+
+    Source: TTA.dev's ConditionalPrimitive, with async conditions awaited.
+    """
+
+    def __init__(self, condition: Callable[..., Any], then_primitive: Any, else_primitive: Any = None) -> None:
+        self.condition = condition
+        self._decide = as_primitive(condition)._run
+        self.then_primitive: WorkflowPrimitive[In, Out] = as_primitive(then_primitive)
+        self.else_primitive: WorkflowPrimitive[In, Out] | None = (
+            None if else_primitive is None else as_primitive(else_primitive)
+        )
+
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        return (self.then_primitive,) if self.else_primitive is None else (self.then_primitive, self.else_primitive)
+
+    async def _run(self, data: In, context: WorkflowContext) -> Out:
+        if await self._decide(data, context):
+            return await self.then_primitive._run(data, context)
+        if self.else_primitive is not None:
+            return await self.else_primitive._run(data, context)
+        unchanged: Any = data
+        answer: Out = unchanged
+        return answer
+
+    def __repr__(self) -> str:
+        other = "" if self.else_primitive is None else f", else {self.else_primitive!r}"
+        return f"Conditional(if {step_name(self.condition)}: {self.then_primitive!r}{other})"

@@ -1,0 +1,115 @@
+"""Several steps at once, on the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tta_sync.context import WorkflowContext
+from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, is_step, step_name
+from tta_sync.primitives.core.branches import run_all, run_windowed
+from tta_sync.primitives.core.composition import children_of, warn_user
+
+OnError = Literal["raise", "collect"]
+
+
+def check_on_error(on_error: str) -> bool:
+    """Return True for "collect", False for "raise"."""
+    if on_error not in ("raise", "collect"):
+        raise ConfigurationError(f'on_error is "raise" or "collect", not {on_error!r}')
+    return on_error == "collect"
+
+
+def check_concurrency(max_concurrency: int | None) -> None:
+    if max_concurrency is not None and max_concurrency < 1:
+        raise ConfigurationError(f"max_concurrency must be at least 1, not {max_concurrency}")
+
+
+class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
+    """Run steps concurrently on the same input; return their results as a list, in the order of the steps.
+
+    Each branch works on a child context: what it writes to ``state`` stays its own. The first failure cancels the other
+    branches, waits until they have ended, and comes out as itself; what else failed stands in its notes. With
+    ``on_error="collect"`` nothing is cancelled, and an error stands in the list in the place of its result.
+
+    Args:
+        primitives: the branches.
+        max_concurrency: how many branches run at a time; None for all.
+        on_error: "raise" or "collect".
+
+    Raises:
+        ConfigurationError: there are no branches, or an option makes no sense.
+
+    Caller steps share one thread, so they run one after another; a parallel of nothing else is a CompositionWarning.
+    Source: TTA.dev's ParallelPrimitive; cancelling and awaiting siblings is structured concurrency (trio, TaskGroup).
+    """
+
+    def __init__(
+        self, primitives: Sequence[Any], *, max_concurrency: int | None = None, on_error: OnError = "raise"
+    ) -> None:
+        self.branches: tuple[WorkflowPrimitive[Any, Any], ...] = tuple(map(as_primitive, primitives))
+        if not self.branches:
+            raise ConfigurationError("a parallel needs at least one branch")
+        self._collect = check_on_error(on_error)
+        check_concurrency(max_concurrency)
+        self.on_error = on_error
+        self.max_concurrency = max_concurrency
+        self._starts = tuple((step_name(branch), branch._run) for branch in self.branches)
+        if len(self.branches) > 1 and all(map(_only_caller, self.branches)):
+            warn_user(
+                f"every branch of {self!r} is a caller step: they share the caller's one thread and run one after "
+                "another; chain them with >>, or make those that need no session a thread_step"
+            )
+
+    @classmethod
+    def join(cls, left: Any, right: Any) -> ParallelPrimitive[Any, Any]:
+        """Build ``left | right``; a parallel without options of its own takes the other's branches in."""
+        return cls([*_open_branches(left), *_open_branches(right)])
+
+    def __or__(self, other: Any) -> ParallelPrimitive[In, Any]:
+        return ParallelPrimitive.join(self, other) if is_step(other) else NotImplemented
+
+    @property
+    def primitives(self) -> list[WorkflowPrimitive[Any, Any]]:
+        """The branches, under TTA.dev's name."""
+        return list(self.branches)
+
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        return self.branches
+
+    async def _run(self, data: In, context: WorkflowContext) -> list[Out]:
+        calls = [(name, run, data, context.create_child_context()) for name, run in self._starts]
+        if self.max_concurrency is None:
+            return await run_all(calls, self._label, self._collect)
+        return await run_windowed(iter(calls), len(calls), self.max_concurrency, self._label, self._collect)
+
+    def _label(self, index: int) -> str:
+        return f"branch {index + 1} of {len(self.branches)}: {self.branches[index]!r}"
+
+    def details(self) -> str:
+        limit = "" if self.max_concurrency is None else f"max_concurrency={self.max_concurrency}"
+        collect = 'on_error="collect"' if self._collect else ""
+        return ", ".join(filter(None, (limit, collect)))
+
+    def __repr__(self) -> str:
+        parts = " | ".join(f"({branch!r})" if _joined(branch) else repr(branch) for branch in self.branches)
+        details = self.details()
+        if details or len(self.branches) == 1:
+            return f"Parallel({parts}{details and ', ' + details})"
+        return parts
+
+
+def _joined(branch: WorkflowPrimitive[Any, Any]) -> bool:
+    return len(children_of(branch)) > 1 and (" >> " in repr(branch) or " | " in repr(branch))
+
+
+def _open_branches(side: Any) -> tuple[Any, ...]:
+    if type(side) is ParallelPrimitive and side.max_concurrency is None and not side._collect:
+        return side.branches
+    return (side,)
+
+
+def _only_caller(branch: WorkflowPrimitive[Any, Any]) -> bool:
+    parts = children_of(branch)
+    return all(map(_only_caller, parts)) if parts else type(branch).runs_on == "caller"

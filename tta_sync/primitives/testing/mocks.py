@@ -1,0 +1,126 @@
+"""A step that answers as told and remembers how it was called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
+
+from tta_sync.context import WorkflowContext
+from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.core.base import WorkflowPrimitive, takes_context
+
+
+class MockPrimitive(WorkflowPrimitive[Any, Any]):
+    """Stand in for a step: return, raise or compute what the test says, and keep every call.
+
+    Args:
+        name: what reprs and messages call it.
+        return_value: what a call returns.
+        side_effect: ``side_effect(data, context)`` or ``side_effect(data)``, plain or async, whose result is
+            returned; or an exception to raise; or an iterable, of which each call returns, or raises, the next.
+        raise_error: an exception, or its class, that every call raises.
+
+    ``call_count``, ``calls`` (a list of ``(data, context)``), ``last_input`` and ``last_context`` tell of the calls.
+
+    Raises:
+        ConfigurationError: both *raise_error* and *side_effect* are given.
+
+    Source: TTA.dev's MockPrimitive; iterables as unittest.mock has them.
+    """
+
+    def __init__(
+        self,
+        name: str = "mock",
+        return_value: Any = None,
+        side_effect: Callable[..., Any] | Iterable[Any] | BaseException | type[BaseException] | None = None,
+        raise_error: BaseException | type[BaseException] | None = None,
+    ) -> None:
+        if side_effect is not None and raise_error is not None:
+            raise ConfigurationError("a mock has either a side_effect or a raise_error, not both")
+        self.name = name
+        self.return_value = return_value
+        self.side_effect = side_effect
+        self.raise_error = raise_error
+        self.calls: list[tuple[Any, WorkflowContext]] = []
+        self._answers: Iterator[Any] | None = None
+        if side_effect is not None and not callable(side_effect) and not isinstance(side_effect, BaseException):
+            self._answers = iter(side_effect)
+
+    async def _run(self, data: Any, context: WorkflowContext) -> Any:
+        self.calls.append((data, context))
+        if self.raise_error is not None:
+            raise self.raise_error
+        effect = self.side_effect
+        if effect is None:
+            return self.return_value
+        if self._answers is not None:
+            answer = next(self._answers, _NOTHING)
+            if answer is _NOTHING:
+                raise AssertionError(
+                    f"{self.name} was called {self.call_count} times; its side_effect has fewer answers"
+                )
+            if _is_error(answer):
+                raise answer
+            return answer
+        if _is_error(effect):
+            raise effect
+        result = effect(data, context) if takes_context(effect) else effect(data)  # type: ignore[operator, arg-type]
+        return await result if inspect.isawaitable(result) else result
+
+    @property
+    def call_count(self) -> int:
+        return len(self.calls)
+
+    @property
+    def last_input(self) -> Any:
+        return self.calls[-1][0] if self.calls else None
+
+    @property
+    def last_context(self) -> WorkflowContext | None:
+        return self.calls[-1][1] if self.calls else None
+
+    def assert_called(self) -> None:
+        assert self.calls, f"{self.name} was never called"
+
+    def assert_not_called(self) -> None:
+        self.assert_call_count(0)
+
+    def assert_called_once(self) -> None:
+        self.assert_call_count(1)
+
+    def assert_call_count(self, n: int) -> None:
+        assert self.call_count == n, f"{self.name} was called {self.call_count} times, not {n}"
+
+    def assert_called_with(self, data: Any, context: WorkflowContext | None = None) -> None:
+        """Assert that the last call had this data, and this very context where one is given."""
+        self.assert_called()
+        assert self.last_input == data, f"{self.name} was last called with {self.last_input!r}, not {data!r}"
+        assert context is None or self.last_context is context, (
+            f"{self.name} was last called with {self.last_context!r}, not {context!r}"
+        )
+
+    def assert_called_once_with(self, data: Any, context: WorkflowContext | None = None) -> None:
+        """Assert that there was one call, with this data, and this very context where one is given."""
+        self.assert_called_once()
+        self.assert_called_with(data, context)
+
+    def reset(self) -> None:
+        """Forget all calls; an iterable side_effect goes on where it was."""
+        self.calls.clear()
+
+
+_NOTHING = object()
+
+
+def _is_error(answer: object) -> TypeGuard[BaseException | type[BaseException]]:
+    return isinstance(answer, BaseException) or (isinstance(answer, type) and issubclass(answer, BaseException))
+
+
+def __getattr__(name: str) -> Any:
+    # The test case needs unittest, which no application imports.
+    if name == "WorkflowTestCase":
+        from tta_sync.primitives.testing.case import WorkflowTestCase
+
+        return WorkflowTestCase
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
