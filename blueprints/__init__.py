@@ -1,0 +1,1 @@
+"""The reference service: drop-in blueprints around one document workflow, run from a checkout."""

@@ -1,0 +1,1 @@
+"""Process one document: a summary, its keywords, its language."""
