@@ -1,0 +1,1 @@
+"""Process up to a thousand documents in the background."""

@@ -1,0 +1,1 @@
+"""Say whether the process lives, and whether what it needs answers."""
