@@ -1,1 +1,1 @@
-
+"""The managed loop thread: life cycle, submission, caller work, streaming, resources, watchdog."""

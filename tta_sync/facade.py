@@ -1,0 +1,457 @@
+"""The synchronous face: the only place where a caller's thread and the loop's thread meet.
+
+The order of every call: refuse what could only deadlock → check the deadline → answer by ``peek`` where a primitive can →
+hop to the loop and wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import itertools
+import sys
+import threading
+import time
+from _thread import get_ident
+from asyncio import _get_running_loop
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+
+from tta_sync.context import Deadline, WorkflowContext, current_caller, current_context, ports, running_context
+from tta_sync.exceptions import (
+    ConfigurationError,
+    DeadlineExceededError,
+    LoopUnavailableError,
+    NoCallerError,
+)
+from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, sort_arguments, step_name
+from tta_sync.runtime import generation
+from tta_sync.runtime.call import register_interrupt
+from tta_sync.runtime.loop import Counters, ManagedLoop, managed_loop_of
+from tta_sync.runtime.resources import OpenResources, Resource
+
+if TYPE_CHECKING:
+    from tta_sync.context import Workflow
+
+__all__ = [
+    "CallRecord",
+    "FacadeStats",
+    "SyncFacade",
+    "call_sync",
+    "default_facade",
+    "register_interrupt",
+    "resource",
+    "run_on_caller",
+    "run_sync",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+EXIT_BUDGET = 2.0
+"""Seconds that calls in flight get to end by themselves when the interpreter exits."""
+
+_facades: list[SyncFacade] = []
+
+
+class _Exit:
+    """Whether the interpreter is on its way out; set by the exit hook, before executors are joined."""
+
+    __slots__ = ("begun", "hooked")
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.hooked = False
+
+
+_exit = _Exit()
+
+
+class _Subscriptable:
+    """``stats["calls"]`` beside ``stats.calls``, for those who turn it into JSON."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return getattr(self, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+
+@dataclass(frozen=True, slots=True)
+class FacadeStats(_Subscriptable):
+    """What a facade has done since its process began. ``loop_lag`` is in seconds."""
+
+    calls: int
+    orphans: int
+    restarts: int
+    generation: int
+    loop_lag: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord(_Subscriptable):
+    """One call in flight. ``age`` is in seconds; ``state`` is queued, running, cancelling or orphaned."""
+
+    name: str
+    age: float
+    state: str
+    caller_thread: str
+
+
+class SyncFacade:
+    """Run async code from synchronous threads, on one managed event loop per process.
+
+    Args:
+        max_in_flight: calls that may be in flight at once; one more is refused at once with SaturatedError.
+        default_timeout: seconds for a call that names no timeout; None means no limit.
+        grace: seconds that a cancelled call gets to clean up before it is left behind as an orphan.
+        use_uvloop: run on uvloop, which must be installed (``tta-sync[uvloop]``).
+        pool_size: threads for ``thread_step``.
+
+    The loop starts at the first call, in whichever process makes it: building a facade at import time, preloading under
+    gunicorn and forking workers are safe.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_in_flight: int | None = None,
+        default_timeout: float | None = None,
+        grace: float = 1.0,
+        use_uvloop: bool = False,
+        pool_size: int = 32,
+    ) -> None:
+        if max_in_flight is not None and max_in_flight < 1:
+            raise ConfigurationError(f"max_in_flight is {max_in_flight}: it must be at least 1, or None for no limit")
+        if default_timeout is not None and default_timeout <= 0:
+            raise ConfigurationError(
+                f"default_timeout is {default_timeout}: give seconds above 0, or None for no limit"
+            )
+        if grace < 0:
+            raise ConfigurationError(f"grace is {grace}: give seconds, 0 or more")
+        if pool_size < 1:
+            raise ConfigurationError(f"pool_size is {pool_size}: it must be at least 1")
+        self.max_in_flight = max_in_flight
+        self.default_timeout = default_timeout
+        self.grace = grace
+        self.use_uvloop = use_uvloop
+        self.pool_size = pool_size
+        self._counters = Counters()
+        self._peeked = itertools.count()
+        self._starting = generation.ForkSafeLock()  # guards _loop while it is replaced
+        self._loop: ManagedLoop | None = None
+        self._closed_in: int | None = None  # the generation in which shutdown() was called
+        _facades.append(self)
+
+    # ---- calls --------------------------------------------------------------------------------------------------------
+
+    def run_sync(
+        self,
+        workflow: Workflow,
+        data: Any = None,
+        context: WorkflowContext | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run a workflow and wait for its result.
+
+        *workflow* is any object with ``async execute(data, context)``, ours or a foreign one. *context* defaults to one
+        that continues the current request or job. *timeout* is the whole call's, in seconds.
+
+        Raises:
+            DeadlineExceededError: the timeout, or the context's deadline, has passed.
+            SaturatedError: ``max_in_flight`` calls are under way.
+            LoopUnavailableError: called where it could only deadlock, or after shutdown.
+        """
+        loop = self._loop
+        if loop is None or loop.generation != generation.current.number or loop.dead:
+            loop = self._start()
+        if get_ident() == loop.ident or _get_running_loop() is not None:
+            self._refuse(loop, step_name(workflow))
+        if not isinstance(context, WorkflowContext) or isinstance(data, WorkflowContext):
+            if context is None and not isinstance(data, WorkflowContext):
+                current = current_context()
+                context = WorkflowContext() if current is None else current.next_call()
+            else:
+                data, context = sort_arguments(data, context)
+        own_deadline = context.deadline
+        deadline, limit = self._deadline(timeout, own_deadline)
+        if isinstance(workflow, WorkflowPrimitive):
+            if workflow.peeks:
+                answer = workflow.peek(data, context)
+                if answer is not MISS:
+                    next(self._peeked)
+                    return answer
+            fn: Any = workflow._run
+            name = workflow.name or type(workflow).__qualname__
+        else:
+            fn = getattr(workflow, "execute", None)
+            if fn is None:
+                raise TypeError(
+                    f"run_sync takes an object with `async execute(data, context)`, not {workflow!r}: "
+                    "write call_sync(function, ...) for a coroutine function, or make it a workflow with @step"
+                )
+            name = step_name(workflow)
+        caller_context = contextvars.copy_context()
+        caller_context.run(running_context.set, context)
+        if deadline is None or (own_deadline is not None and own_deadline.at == deadline):
+            return self._hop(loop, fn, (data, context), None, name, deadline, limit, caller_context)
+        # The steps must see this call's limit; a context that is used for another call afterwards must not.
+        context.deadline = Deadline(deadline, limit)
+        try:
+            return self._hop(loop, fn, (data, context), None, name, deadline, limit, caller_context)
+        finally:
+            context.deadline = own_deadline
+
+    def call_sync(
+        self, async_fn: Callable[..., Awaitable[T]], /, *args: Any, timeout: float | None = None, **keywords: Any
+    ) -> T:
+        """Call one coroutine function and wait for its result.
+
+        *timeout* is in seconds and is not passed on; the current request's or job's deadline holds as well.
+
+        Raises:
+            DeadlineExceededError: the timeout has passed.
+            SaturatedError: ``max_in_flight`` calls are under way.
+            LoopUnavailableError: called where it could only deadlock, or after shutdown.
+        """
+        loop = self._loop
+        if loop is None or loop.generation != generation.current.number or loop.dead:
+            loop = self._start()
+        if get_ident() == loop.ident or _get_running_loop() is not None:
+            self._refuse(loop, step_name(async_fn))
+        if not callable(async_fn):
+            raise _not_a_function("call_sync", async_fn)
+        current = current_context()
+        deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
+        name = getattr(async_fn, "__qualname__", None)
+        result: T = self._hop(loop, async_fn, args, keywords, name, deadline, limit, contextvars.copy_context())
+        return result
+
+    def resource(self, factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:
+        """Promise a loop-bound object that is opened once per process and closed at shutdown.
+
+        ``await`` the returned promise inside a coroutine to get the opened object. Opened and closed in one task, again
+        in a forked child; a factory that fails is tried again at the next use.
+        """
+        return Resource(factory, _opened_here)
+
+    def _hop(
+        self,
+        loop: ManagedLoop,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        keywords: dict[str, Any] | None,
+        name: str | None,
+        deadline: float | None,
+        limit: float | None,
+        context: contextvars.Context,
+    ) -> Any:
+        return loop.run(fn, args, keywords, name, deadline, limit, context, self.max_in_flight)
+
+    def _deadline(self, timeout: float | None, own: Deadline | None) -> tuple[float | None, float | None]:
+        """Return the call's deadline on ``time.monotonic()`` and its length, both None without a limit."""
+        if timeout is None:
+            timeout = self.default_timeout
+        if timeout is None:
+            if own is None:
+                return None, None
+        else:
+            if timeout <= 0:
+                raise DeadlineExceededError(timeout)
+            at = time.monotonic() + timeout
+            if own is None or at < own.at:
+                return at, timeout
+        if own.remaining() <= 0:
+            own.raise_exceeded()
+        return own.at, own.seconds
+
+    def _refuse(self, loop: ManagedLoop, name: str) -> None:
+        """Refuse what could only deadlock."""
+        if get_ident() == loop.ident:
+            raise LoopUnavailableError(
+                f"{name} was called from the loop thread, which would wait for itself: await it instead"
+            )
+        raise LoopUnavailableError(
+            f"{name} was called inside a running event loop, which would stand still meanwhile: await it instead, "
+            "or call it from a thread (asyncio.to_thread)"
+        )
+
+    # ---- life ---------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> ManagedLoop:
+        if _exit.begun or sys.is_finalizing():
+            raise LoopUnavailableError("the interpreter is exiting: no call can be run any more")
+        with self._starting:
+            loop = self._loop
+            if loop is not None and loop.generation == generation.current.number and not loop.dead:
+                return loop
+            if self._closed_in == generation.current.number:
+                raise LoopUnavailableError("this facade was shut down: make a new SyncFacade, or shut down later")
+            _hook_exit()
+            loop = ManagedLoop(
+                grace=self.grace, use_uvloop=self.use_uvloop, pool_size=self.pool_size, counters=self._counters
+            )
+            loop.start()
+            self._loop = loop
+            return loop
+
+    def shutdown(self, timeout: float = 5.0) -> None:
+        """Refuse new calls, wait up to *timeout* seconds for those in flight, cancel the rest, close the resources.
+
+        Returns within *timeout* + grace + 1 s. Calls made afterwards raise LoopUnavailableError; in a child that is
+        forked later the facade works again.
+        """
+        with self._starting:
+            self._closed_in = generation.current.number
+            loop = self._loop
+        if loop is None or loop.generation != generation.current.number or loop.dead:
+            return
+        if get_ident() == loop.ident:
+            raise LoopUnavailableError("shutdown() was called from the loop thread: call it from another")
+        loop.shutdown(timeout)
+
+    # ---- introspection ------------------------------------------------------------------------------------------------
+
+    def stats(self) -> FacadeStats:
+        """Return the totals of this process."""
+        loop = self._loop
+        alive = loop is not None and loop.generation == generation.current.number
+        begun = loop.begun if loop is not None and alive and not loop.dead else 0
+        return FacadeStats(
+            calls=self._counters.calls + begun + self._peeked.__reduce__()[1][0],
+            orphans=self._counters.orphans,
+            restarts=self._counters.restarts,
+            generation=generation.current.number,
+            loop_lag=loop.watchdog.lag if loop is not None and alive else 0.0,
+        )
+
+    def in_flight(self) -> list[CallRecord]:
+        """Return the calls that are under way now, the oldest first, orphans included."""
+        loop = self._loop
+        if loop is None or loop.generation != generation.current.number:
+            return []
+        now = time.monotonic()
+        threads = {thread.ident: thread.name for thread in threading.enumerate()}
+        calls = sorted(loop.calls.copy() | loop.orphans.copy(), key=lambda call: call.started)
+        return [
+            CallRecord(
+                name=call.name or "a call",
+                age=now - call.started,
+                state=(
+                    "orphaned"
+                    if call.left
+                    else "queued"
+                    if not call.began
+                    else "cancelling"
+                    if call.why is not None
+                    else "running"
+                ),
+                caller_thread=threads.get(call.ident, "a thread that has ended"),
+            )
+            for call in calls
+            if not call.done
+        ]
+
+
+def _not_a_function(name: str, given: object) -> TypeError:
+    if inspect.iscoroutine(given):
+        given.close()
+        return TypeError(f"{name} takes the coroutine function, not the coroutine: write {name}(fn, *args)")
+    return TypeError(f"{name} takes a coroutine function, not {given!r}")
+
+
+def _opened_here() -> OpenResources | None:
+    managed = managed_loop_of(asyncio.get_running_loop())
+    return None if managed is None else managed.resources
+
+
+# ---- exit -------------------------------------------------------------------------------------------------------------
+
+
+def _hook_exit() -> None:
+    if _exit.hooked:
+        return
+    # threading's own exit list runs before executors are joined, the only moment at which to_thread still works in
+    # clean-up code. concurrent.futures.thread must be on that list before us, for the list is worked off backwards.
+    import concurrent.futures.thread  # noqa: F401
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:  # a Python without the private function
+        import atexit
+
+        atexit.register(_at_exit)
+    else:
+        try:
+            register(_at_exit)
+        except RuntimeError:
+            raise LoopUnavailableError("the interpreter is exiting: no call can be run any more") from None
+    _exit.hooked = True
+
+
+def _at_exit() -> None:
+    _exit.begun = True
+    previous = threading.excepthook
+
+    def quiet(args: Any, /) -> None:
+        # A thread whose call was cut off by the exit has been told so; a traceback would tell nobody anything.
+        if not isinstance(args.exc_value, LoopUnavailableError):
+            previous(args)
+
+    threading.excepthook = quiet
+    end = time.monotonic() + EXIT_BUDGET
+    for facade in _facades:
+        facade.shutdown(max(0.0, end - time.monotonic()))
+
+
+# ---- the default facade -------------------------------------------------------------------------------------------------
+
+_default = SyncFacade()
+
+
+def default_facade() -> SyncFacade:
+    """Return the facade that the module's functions use."""
+    return _default
+
+
+def run_sync(
+    workflow: Workflow, data: Any = None, context: WorkflowContext | None = None, *, timeout: float | None = None
+) -> Any:
+    """Run a workflow on the default facade: :meth:`SyncFacade.run_sync`."""
+    return _default.run_sync(workflow, data, context, timeout=timeout)
+
+
+def call_sync(async_fn: Callable[..., Awaitable[T]], /, *args: Any, timeout: float | None = None, **keywords: Any) -> T:
+    """Call a coroutine function on the default facade: :meth:`SyncFacade.call_sync`."""
+    return _default.call_sync(async_fn, *args, timeout=timeout, **keywords)
+
+
+def resource(factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:
+    """Promise a loop-bound object: :meth:`SyncFacade.resource`."""
+    return _default.resource(factory)
+
+
+async def run_on_caller(fn: Callable[..., T], *args: Any) -> T:
+    """Run *fn* on the thread that waits for this workflow, and return its result.
+
+    From subtasks and parallel branches too: one at a time, in the order of asking. *fn* may itself call ``run_sync``.
+
+    Raises:
+        NoCallerError: nobody waits, or the caller has left.
+    """
+    caller = current_caller.get()
+    if caller is None:
+        raise NoCallerError("nobody waits in run_sync: run_on_caller works in what run_sync or call_sync runs")
+    return await caller.run(fn, *args)
+
+
+def _run_method(workflow: Workflow, data: Any, context: WorkflowContext | None, timeout: float | None) -> Any:
+    return _default.run_sync(workflow, data, context, timeout=timeout)
+
+
+ports.sync_entry = _run_method

@@ -1,0 +1,232 @@
+"""One call on its way: made by the caller, run by the loop, waited for by the caller.
+
+Who owns what:
+
+* ``fn`` to ``context``: written by the caller before submission, then read only.
+* ``task``, ``began``, ``timer``: the loop thread only.
+* ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it.
+* ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
+* ``work``: appended by the loop thread, taken by the caller's thread (deque operations are atomic).
+* ``left``: written by the caller's thread when it stops waiting.
+
+The caller waits on a raw lock used as a binary semaphore. A wake-up is only a hint, "something changed: look at ``done``
+and ``work``", so a spurious one does no harm and one lock serves all calls of a thread, nested ones too. A raw lock is
+used because it is the only waiting primitive that a signal's exception may leave at any point in a sound state.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextvars
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tta_sync.clock import Timer
+from tta_sync.exceptions import NoCallerError
+
+T = TypeVar("T")
+
+INTERRUPTS: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What never becomes a step's error: it ends the whole call. See :func:`register_interrupt`."""
+
+
+def register_interrupt(interrupt: type[BaseException]) -> None:
+    """Treat *interrupt* as a signal to end the call wherever it is raised on the caller's thread, even inside a step.
+
+    For exceptions that a signal handler raises, such as RQ's timeouts, which are plain Exceptions.
+    """
+    global INTERRUPTS
+    if interrupt not in INTERRUPTS:
+        INTERRUPTS = (*INTERRUPTS, interrupt)
+
+
+DEADLINE = "deadline"
+INTERRUPTED = "interrupted"
+STOPPED = "stopped"
+
+
+class Call:
+    """One call; also the :class:`tta_sync.context.Caller` of the steps that run inside it."""
+
+    __slots__ = (
+        "args",
+        "began",
+        "context",
+        "deadline",
+        "done",
+        "error",
+        "fn",
+        "ident",
+        "keywords",
+        "left",
+        "limit",
+        "lock",
+        "loop",
+        "name",
+        "result",
+        "started",
+        "task",
+        "timer",
+        "why",
+        "work",
+    )
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    keywords: dict[str, Any] | None
+    name: str | None
+    context: contextvars.Context
+    deadline: float | None  # time.monotonic()
+    limit: float | None  # seconds, for the message
+    lock: Any  # anything with acquire(blocking, timeout) and release(): gevent brings its own
+    loop: Any  # the ManagedLoop
+    ident: int
+    started: float
+    task: asyncio.Task[Any] | None
+    timer: Timer | None
+    work: deque[Work] | None
+    result: Any
+    error: BaseException | None
+    why: str | None
+    began: bool
+    done: bool
+    left: bool
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run *fn* on the caller's thread: :class:`tta_sync.context.Caller`. Loop thread only."""
+        if self.left or self.done:
+            raise NoCallerError(_NO_CALLER)
+        loop = asyncio.get_running_loop()
+        if self.deadline is not None and self.timer is None:
+            # The caller is about to be busy and cannot watch the clock: the loop does, from now on.
+            self.timer = loop.call_later(self.deadline - time.monotonic(), self.expire)
+        work = Work(loop.create_future(), contextvars.copy_context(), fn, args)
+        if self.work is None:
+            self.work = deque()
+        self.work.append(work)
+        self.wake()
+        if self.left and work.claim():  # it left between the check above and the append: nobody will take this
+            raise NoCallerError(_NO_CALLER)
+        try:
+            result: T = await work.future
+        except asyncio.CancelledError:
+            work.claim()  # one that has not been started never will be; one that runs cannot be stopped
+            raise
+        return result
+
+    def wake(self) -> None:
+        """Make the caller look. Any thread."""
+        try:
+            self.lock.release()
+        except RuntimeError:
+            pass  # it has been woken already and has not looked yet
+
+    def expire(self) -> None:
+        """Give up because the deadline has passed. Loop thread only."""
+        if not self.done and self.why is None:
+            self.why = DEADLINE
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel what runs. Loop thread only."""
+        # A task that is cancelled before its first step never enters its coroutine; that step sees `why` instead.
+        if self.began and self.task is not None:
+            self.task.cancel()
+
+    def finish(self, result: Any, error: BaseException | None) -> None:
+        """Hand the outcome to the caller. Loop thread only, or whoever buries a dead loop."""
+        self.result = result
+        self.error = error
+        self.done = True
+        if self.timer is not None:
+            self.timer.cancel()
+        try:
+            self.lock.release()
+        except RuntimeError:
+            pass
+
+    def serve(self) -> None:
+        """Do the work that the loop has posted, in order. Caller's thread only."""
+        work = self.work
+        while work and self.why is None:
+            item = work.popleft()
+            if not item.claim():
+                continue
+            result = error = None
+            try:
+                result = item.context.run(item.fn, *item.args)
+            except INTERRUPTS:
+                # A signal landed in user code: it ends the call, the step only learns that it was cancelled.
+                self.loop.post(item.future.cancel)
+                raise
+            except BaseException as raised:
+                error = raised
+            self.loop.post(item.settle, result, error)
+            del item, result, error
+        if work:
+            self.refuse_work()
+
+    def refuse_work(self) -> None:
+        """Tell all who wait for this caller that it has left. Caller's thread only."""
+        while self.work:
+            try:
+                item = self.work.popleft()
+            except IndexError:
+                return
+            if item.claim():
+                self.loop.post(item.settle, None, NoCallerError(_NO_CALLER))
+
+
+_NO_CALLER = (
+    "nobody waits in run_sync any more: a caller step must end before the workflow does, "
+    "or be a thread_step, which needs no caller"
+)
+
+
+class Work:
+    """One function for the caller's thread. ``claim`` is the judge between starting it and giving it up: one wins."""
+
+    __slots__ = ("_unclaimed", "args", "context", "fn", "future")
+
+    def __init__(
+        self,
+        future: asyncio.Future[Any],
+        context: contextvars.Context,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+    ) -> None:
+        self.future = future
+        self.context = context
+        self.fn = fn
+        self.args = args
+        self._unclaimed = [True]
+
+    def claim(self) -> bool:
+        """Return True to the first who asks, on any thread."""
+        try:
+            return self._unclaimed.pop()  # atomic
+        except IndexError:
+            return False
+
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """Give the outcome to the step that waits for it. Loop thread only."""
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(result)
+        elif isinstance(error, StopIteration):  # a future refuses it
+            wrapped = RuntimeError("a caller step raised StopIteration")
+            wrapped.__cause__ = error
+            self.future.set_exception(wrapped)
+        else:
+            self.future.set_exception(error)
+
+
+def new_lock() -> _thread.LockType:
+    """Return a lock for a thread to wait on, in its waiting state."""
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    return lock

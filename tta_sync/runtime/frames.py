@@ -1,0 +1,107 @@
+"""What frames and tracebacks tell: where user code stands, and which frames belong to this raise."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+_RAISE_OPCODES: frozenset[int] = frozenset()
+
+
+def forget_earlier_raises(error: BaseException, boundaries: frozenset[CodeType], detours: frozenset[CodeType]) -> None:
+    """Cut from *error*'s traceback the frames of earlier deliveries of the same object.
+
+    Python appends to the traceback of an exception object at each raise, so an object that is raised again and again (a
+    module-level constant, say) grows without end. *boundaries* are the functions that deliver to a caller: one of them in
+    the chain means an earlier delivery, unless a function of *detours* (those that run user code on another thread) came
+    before it, which makes it part of this one.
+    """
+    depth = 0
+    entry = error.__traceback__
+    while entry is not None:
+        code = entry.tb_frame.f_code
+        if code in detours:
+            depth += 1
+        elif code in boundaries:
+            if depth == 0:
+                break
+            depth -= 1
+        entry = entry.tb_next
+    if entry is None:
+        return
+    # The earlier raise begins behind the first `raise` statement of this one.
+    last = error.__traceback__
+    while last is not None and last is not entry:
+        if _at_raise(last) and last.tb_next is not None and last.tb_next.tb_frame is not last.tb_frame:
+            last.tb_next = None
+            return
+        last = last.tb_next
+
+
+def _at_raise(entry: TracebackType) -> bool:
+    global _RAISE_OPCODES
+    if not _RAISE_OPCODES:
+        import dis
+
+        _RAISE_OPCODES = frozenset({dis.opmap["RAISE_VARARGS"]})
+    return entry.tb_frame.f_code.co_code[entry.tb_lasti] in _RAISE_OPCODES
+
+
+@lru_cache(maxsize=1)
+def _foreign_paths() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return where the standard library and this package live, and where other packages do."""
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    own = __file__.rpartition("runtime")[0]
+    return (own, "<frozen"), (paths["purelib"], paths["platlib"])
+
+
+@lru_cache(maxsize=1024)
+def _is_user_file(filename: str) -> bool:
+    import sysconfig
+
+    own, packages = _foreign_paths()
+    if filename.startswith(own + packages):
+        return False
+    # site-packages lies below the standard library's directory, so it has been asked first.
+    return not filename.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")))
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame, from *frame* outwards, that is the user's own code; failing that, the innermost that
+    is neither this package's nor Python's own."""
+    second_best: FrameType | None = None
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if _is_user_file(filename):
+            return frame
+        if second_best is None and filename.startswith(_foreign_paths()[1]):
+            second_best = frame
+        frame = frame.f_back
+    return second_best
+
+
+def innermost_user_frame(coroutine: Any) -> FrameType | None:
+    """Return the innermost user frame of a suspended coroutine, following what it awaits."""
+    best: FrameType | None = None
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is not None and _is_user_file(frame.f_code.co_filename):
+            best = frame
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+    return best
+
+
+def place(frame: FrameType | None) -> str:
+    """Return ``file:line in function`` of a frame, for people."""
+    if frame is None:
+        return "an unknown place"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+
+
+def running_frame(ident: int) -> FrameType | None:
+    """Return the frame that thread *ident* executes now."""
+    return sys._current_frames().get(ident)

@@ -1,0 +1,480 @@
+"""The managed loop: one thread per process that runs an event loop, and the callers that wait for it.
+
+Life cycle: made by the facade at the first call of a process, dead when its thread ends, never used by a forked child
+(see generation.py). Who owns what:
+
+* ``_queue``, ``calls``, ``orphans``: any thread; deque and set operations used on them are atomic.
+* ``_armed``: True from the moment a caller rings the bell until the loop has emptied the queue; both sides write it, and
+  a lost update costs one superfluous ring or one first wait of 20 ms, never a call.
+* ``resources`` and everything inside coroutines: the loop thread only.
+* ``dead``, ``stopping``: written once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextvars
+import logging
+import os
+import threading
+import time
+from asyncio import AbstractEventLoop
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tta_sync import events
+from tta_sync.context import current_caller
+from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, SaturatedError
+from tta_sync.runtime import generation
+from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call, new_lock
+from tta_sync.runtime.frames import forget_earlier_raises, innermost_user_frame, place, running_frame, user_frame
+from tta_sync.runtime.pool import DaemonPool
+from tta_sync.runtime.resources import OpenResources
+from tta_sync.runtime.watchdog import Watchdog
+
+logger = logging.getLogger("tta_sync")
+
+FIRST_WAIT = 0.02
+"""Seconds after which a caller looks whether its call has begun: a signal may have eaten the wake-up."""
+
+_loops: list[ManagedLoop] = []
+"""Every loop of this process that has not been closed. A forked child keeps those of its parent here for good: closing
+one, or letting it be collected, would edit the epoll that it shares with the parent."""
+
+
+class Counters:
+    """What a facade counts over all its loops. Guarded by ``_lock``; none of it is on the path of a plain call."""
+
+    def __init__(self) -> None:
+        self._lock = generation.ForkSafeLock()
+        self.orphans = 0
+        self.restarts = 0
+        self.calls = 0  # of loops that are gone
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self._lock:
+            setattr(self, name, getattr(self, name) + amount)
+
+
+class ManagedLoop:
+    """One event loop on one thread, and the synchronous side of it."""
+
+    def __init__(self, *, grace: float, use_uvloop: bool, pool_size: int, counters: Counters) -> None:
+        self.generation = generation.current.number
+        self.grace = grace
+        self.counters = counters
+        self.calls: set[Call] = set()
+        self.orphans: set[Call] = set()
+        self.begun = 0  # loop thread only
+        self.stopping = False
+        self.dead = False
+        self.death: BaseException | None = None
+        self.refusing = False
+        self.ident = 0
+        self._queue: deque[Call] = deque()
+        self._armed = False
+        self._local = self._new_local()
+        self.loop = self._new_loop(use_uvloop)
+        self.pool = DaemonPool(pool_size, "tta_sync-pool")
+        self.loop.set_default_executor(self.pool)
+        self.resources = OpenResources()
+        self.watchdog = Watchdog(self)
+        self._bell = -1
+        self._started = _thread.allocate_lock()
+        self._ended = new_lock()
+        _loops.append(self)
+
+    # ---- life ---------------------------------------------------------------------------------------------------------
+
+    def _new_loop(self, use_uvloop: bool) -> AbstractEventLoop:
+        if use_uvloop:
+            import uvloop
+
+            loop: AbstractEventLoop = uvloop.new_event_loop()
+            return loop
+        return asyncio.new_event_loop()
+
+    def _new_local(self) -> Any:
+        return threading.local()
+
+    def _new_lock(self) -> Any:
+        return new_lock()
+
+    def _spawn(self, target: Callable[[], object], name: str) -> None:
+        threading.Thread(target=target, name=name, daemon=True).start()
+
+    def start(self) -> None:
+        """Start the thread and return when its loop turns."""
+        self._started.acquire()
+        self._spawn(self._run_forever, "tta_sync-loop")
+        self._started.acquire()
+        self.watchdog.start()
+
+    def _run_forever(self) -> None:
+        self.ident = _thread.get_ident()
+        loop = self.loop
+        asyncio.set_event_loop(loop)
+        loop.call_soon(self._set_up)
+        failures: deque[float] = deque(maxlen=3)
+        try:
+            while not self.stopping:
+                try:
+                    loop.run_forever()
+                except (KeyboardInterrupt, SystemExit):
+                    pass  # raised by some task, which keeps it; asyncio lets it through to here
+                except BaseException as error:
+                    self.death = error
+                    now = time.monotonic()
+                    failures.append(now)
+                    if len(failures) == failures.maxlen and now - failures[0] < 1.0:
+                        break
+                if loop.is_closed():
+                    break
+                if not self.stopping:
+                    # Someone stopped the loop under everybody else: all that was in flight goes on.
+                    self.counters.add("restarts")
+        finally:
+            self._bury()
+
+    def _set_up(self) -> None:
+        if hasattr(os, "eventfd"):
+            self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self.loop.add_reader(self._bell, self._answer_bell)
+        self._started.release()
+
+    def _bury(self) -> None:
+        """End everything that still waits for this loop, which turns no more. On its own thread, as the last thing."""
+        self.dead = True  # before the sweep: who comes later sees this, who came before is in `calls`
+        if self._started.locked():
+            self._started.release()
+        calls = [call for call in self.calls.copy() if not call.done]
+        if not self.stopping:
+            self.counters.add("restarts")
+            logger.error("the loop thread died with %d calls in flight", len(calls), exc_info=self.death)
+            if events.bus.emit is not None:
+                events.bus.emit(events.LoopRestarted(step="loop", waiting=len(calls), error=self.death))
+        for call in calls:
+            call.finish(None, self._gone())
+        self.counters.add("calls", self.begun)
+        self.watchdog.stop()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            for task in asyncio.all_tasks(self.loop):
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # said above, or below at shutdown
+            self.loop.close()
+        except Exception:  # the loop may be broken in any way: that is why we are here
+            logger.debug("the dead loop could not be closed", exc_info=True)
+        if self in _loops:
+            _loops.remove(self)
+        self._ended.release()
+
+    def __del__(self) -> None:
+        # Not when the loop ends: a caller may be about to write to the descriptor, which by then could be a stranger's.
+        if getattr(self, "_bell", -1) >= 0:
+            os.close(self._bell)
+
+    def _gone(self) -> LoopUnavailableError:
+        if self.stopping:
+            return LoopUnavailableError("the facade was shut down while this call was in flight")
+        error = LoopUnavailableError("the loop thread died while this call was in flight; the next call gets a new one")
+        error.__cause__ = self.death
+        return error
+
+    def shutdown(self, timeout: float) -> None:
+        """Wait up to *timeout* for calls in flight, cancel the rest, close the resources, end the thread.
+
+        Returns within *timeout* + grace + 1 s, whatever the calls do.
+        """
+        self.refusing = True
+        end = time.monotonic() + timeout
+        while self.calls and not self.dead and time.monotonic() < end:
+            time.sleep(0.002)
+        if not self.dead:
+            self.post(self._begin_stopping)
+        end = time.monotonic() + self.grace + 0.5
+        while not self._ended.acquire(True, 0.05):
+            if time.monotonic() > end:
+                # Something blocks the loop for good: its callers at least are told. The thread is a daemon.
+                self.stopping = True
+                for call in self.calls.copy():
+                    if not call.done:
+                        call.finish(None, self._gone())
+                break
+        else:
+            self._ended.release()
+
+    def _begin_stopping(self) -> None:
+        self._closing = self.loop.create_task(self._close(), name="tta_sync-shutdown")
+
+    async def _close(self) -> None:
+        self._drain()
+        for call in self.calls.copy():
+            if call.why is None:
+                call.why = STOPPED
+        keep = {asyncio.current_task(), *self.resources.tasks()}
+        left_over = [task for task in asyncio.all_tasks() if task not in keep]
+        for task in left_over:
+            task.cancel()
+        if left_over:
+            await asyncio.wait(left_over, timeout=self.grace)
+        await self.resources.close(self.grace)
+        try:
+            await asyncio.wait_for(self.loop.shutdown_asyncgens(), 0.2)
+        except TimeoutError:
+            pass  # a generator that will not end; the process does
+        self.stopping = True
+        self.loop.stop()
+
+    # ---- the caller's side --------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        keywords: dict[str, Any] | None,
+        name: str | None,
+        deadline: float | None,
+        limit: float | None,
+        context: contextvars.Context,
+        max_in_flight: int | None = None,
+    ) -> Any:
+        """Run ``fn(*args, **keywords)`` on the loop, in *context*, and wait for it: on the caller's thread."""
+        call = Call()
+        call.fn = fn
+        call.args = args
+        call.keywords = keywords
+        call.name = name
+        call.loop = self
+        call.deadline = deadline
+        call.limit = limit
+        call.context = context
+        call.ident = _thread.get_ident()
+        call.started = time.monotonic()
+        call.result = call.error = call.task = call.timer = call.work = call.why = None
+        call.began = call.done = call.left = False
+        local = self._local
+        try:
+            lock = local.lock
+        except AttributeError:
+            lock = local.lock = self._new_lock()
+        call.lock = lock
+        context.run(current_caller.set, call)
+        calls = self.calls
+        try:
+            calls.add(call)
+            if max_in_flight is not None or self.refusing:
+                self._admit(call, max_in_flight)
+            try:
+                self._queue.append(call)
+                if not self._armed:
+                    self._armed = True  # many callers share one ring
+                    self._ring()
+                wait = FIRST_WAIT if deadline is None or deadline - call.started > FIRST_WAIT else 0.0
+                while True:
+                    lock.acquire(True, wait)
+                    if call.done:
+                        break
+                    wait = self._look(call)
+                    if wait == 0.0:
+                        break
+            except BaseException:
+                # RQ's SIGALRM, Ctrl-C, SystemExit: whatever is raised in the wait ends the call and comes out as itself.
+                self._abandon(call)
+                raise
+        finally:
+            call.left = True
+            calls.discard(call)
+            if call.work:
+                call.refuse_work()
+        error = call.error
+        if error is None and call.why is None:
+            return call.result
+        try:
+            raise self._failure(call, error)
+        finally:
+            call.error = error = None  # the traceback holds this frame: no cycle
+
+    def _admit(self, call: Call, limit: int | None) -> None:
+        """Refuse *call*, which is in ``calls`` already, where the loop is closing or enough others came before it."""
+        if self.refusing:
+            raise LoopUnavailableError("this facade was shut down: it takes no more calls")
+        if limit is not None and len(self.calls) + len(self.orphans) > limit:
+            # Without a lock, which a signal could leave held: whoever came first has the lower mark.
+            mark = (call.started, id(call))
+            before = sum((other.started, id(other)) < mark for other in self.calls.copy())
+            if before + len(self.orphans) >= limit:
+                raise SaturatedError(limit)
+
+    def _failure(self, call: Call, error: BaseException | None) -> BaseException:
+        """Return what the caller is to be told. A result that came after the deadline is as good as none."""
+        if call.why == DEADLINE:
+            if isinstance(error, DeadlineExceededError):
+                return error
+            exceeded = DeadlineExceededError(call.limit)
+            if error is not None and not isinstance(error, asyncio.CancelledError):
+                exceeded.__cause__ = error
+            return exceeded
+        if call.why == STOPPED and (error is None or isinstance(error, asyncio.CancelledError)):
+            return self._gone()
+        assert error is not None
+        return error
+
+    def _look(self, call: Call) -> float:
+        """Do what there is to do while *call* is not done; return how long to wait next: -1 for ever, 0 to leave."""
+        if call.work:
+            call.serve()
+            if call.done:
+                return 0.0
+        if self.dead:
+            call.finish(None, self._gone())
+            return 0.0
+        wait = -1.0
+        if not call.began:
+            self._ring()
+            wait = FIRST_WAIT * 5
+        if call.deadline is not None:
+            remaining = call.deadline - time.monotonic()
+            if remaining <= 0 and call.why is None:
+                call.why = DEADLINE
+                self.post(self._cancel, call)
+            if call.why is not None:
+                remaining += self.grace
+                if remaining <= 0:
+                    self._leave_orphan(call, "its deadline has passed")
+                    return 0.0
+            wait = remaining if wait < 0 else min(wait, remaining)
+        return wait
+
+    def _abandon(self, call: Call) -> None:
+        """Cancel *call* and give it the grace to clean up. A second interrupt in here ends the grace and comes out."""
+        if call.why is None:
+            call.why = INTERRUPTED
+        self.post(self._cancel, call)
+        end = time.monotonic() + self.grace
+        while not call.done:
+            if call.work:
+                call.refuse_work()  # no user code runs here after the caller was told to stop
+            remaining = end - time.monotonic()
+            if remaining <= 0 or self.dead:
+                self._leave_orphan(call, "its caller was interrupted")
+                break
+            call.lock.acquire(True, min(remaining, 0.1))
+        call.error = None
+
+    def _leave_orphan(self, call: Call, reason: str) -> None:
+        self.orphans.add(call)
+        if call.done:  # it ended just now
+            self.orphans.discard(call)
+            return
+        self.counters.add("orphans")
+        age = time.monotonic() - call.started
+        name = call.name or "a call"
+        logger.warning(
+            "%s runs on as an orphan after %.1f s: %s, and it did not end within %g s of its cancellation; it is at %s",
+            name, age, reason, self.grace, self.where(call),
+        )  # fmt: skip
+        if events.bus.emit is not None:
+            events.bus.emit(events.CallOrphaned(step=name, reason=reason, age=age))
+
+    def where(self, call: Call) -> str:
+        """Return the place in user code where *call* stands now."""
+        task = call.task
+        frame = None
+        if task is not None:
+            frame = innermost_user_frame(task.get_coro())
+        if frame is None or task is asyncio.tasks._current_tasks.get(self.loop):  # type: ignore[attr-defined]
+            frame = user_frame(running_frame(self.ident)) or frame
+        return place(frame)
+
+    def post(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call *callback* on the loop thread, soon. A loop that is gone needs to be told nothing."""
+        try:
+            self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
+
+    def _ring(self) -> None:
+        if self._bell >= 0:
+            os.eventfd_write(self._bell, 1)  # a third of the cost of call_soon_threadsafe
+        else:
+            self.post(self._drain)
+
+    # ---- the loop's side ----------------------------------------------------------------------------------------------
+
+    def _answer_bell(self) -> None:
+        try:
+            os.eventfd_read(self._bell)
+        except BlockingIOError:
+            pass  # answered by a drain that came before
+        self._drain()
+
+    def _drain(self) -> None:
+        queue = self._queue
+        watchdog = self.watchdog
+        if watchdog.parked:
+            watchdog.unpark()
+        while True:
+            while queue:
+                call = queue.popleft()
+                self.begun += 1
+                call.task = asyncio.Task(self._carry(call), loop=self.loop, name=call.name, context=call.context)
+            self._armed = False
+            if not queue:  # else a caller came in between, saw it armed, and did not ring
+                return
+            self._armed = True
+
+    async def _carry(self, call: Call) -> None:
+        call.began = True
+        if call.why is not None:  # given up before it began: no coroutine is made that nobody would await
+            call.finish(None, asyncio.CancelledError())
+            return
+        try:
+            if call.keywords:
+                result = await call.fn(*call.args, **call.keywords)
+            else:
+                result = await call.fn(*call.args)
+        except BaseException as error:
+            forget_earlier_raises(error, BOUNDARIES, DETOURS)
+            call.finish(None, error)
+        else:
+            call.finish(result, None)
+        if call.left:
+            self.orphans.discard(call)
+
+    def _cancel(self, call: Call) -> None:
+        self._drain()  # it may still be in the queue
+        if call.done:
+            return
+        if call.task is None:  # the interrupt came before the call was queued
+            call.finish(None, asyncio.CancelledError())
+        elif call.task.done():  # cancelled by others before its first step, so that _carry never ran
+            call.finish(None, asyncio.CancelledError())
+        else:
+            call.cancel()
+
+
+BOUNDARIES = frozenset({ManagedLoop.run.__code__})
+DETOURS = frozenset({Call.serve.__code__, DaemonPool.work.__code__})
+
+
+def managed_loop_of(loop: AbstractEventLoop) -> ManagedLoop | None:
+    """Return the ManagedLoop around *loop*, where it is one of this process's."""
+    for managed in _loops:
+        if managed.loop is loop and managed.generation == generation.current.number:
+            return managed
+    return None
+
+
+def _forget_in_child() -> None:
+    for managed in _loops:
+        # The interpreter may still collect these at its end; an asyncio loop that believes itself closed leaves the
+        # parent's epoll alone.
+        if hasattr(managed.loop, "_closed"):
+            managed.loop._closed = True
+        managed.dead = True
+
+
+generation.on_fork(_forget_in_child)

@@ -1,0 +1,75 @@
+"""Threads for steps that block: an executor whose threads never keep the process alive."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class DaemonPool(ThreadPoolExecutor):
+    """A bounded pool of daemon threads.
+
+    The standard executor's threads are joined at exit, so one step that blocks for good would hold the process for good.
+    It is a ThreadPoolExecutor by type only because ``loop.set_default_executor`` asks for one; ``asyncio.to_thread`` then
+    runs here too.
+    """
+
+    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+        super().__init__(max_workers, thread_name_prefix)
+        self._limit = max_workers
+        self._prefix = thread_name_prefix
+        self._items: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any, Any] | None] = queue.SimpleQueue()
+        self._mutex = threading.Lock()  # guards _count, _waiting, _closed
+        self._count = 0
+        self._waiting = 0  # threads with nothing to do, less the items that are on their way to one
+        self._closed = False
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Queue *fn*; start a thread if none is idle and the limit allows."""
+        future: Future[R] = Future()
+        with self._mutex:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._items.put((future, fn, args, kwargs))
+            self._waiting -= 1
+            if self._waiting < 0 and self._count < self._limit:
+                self._count += 1
+                self._waiting += 1
+                name = f"{self._prefix}_{self._count}"
+                threading.Thread(target=self.work, name=name, daemon=True).start()
+        return future
+
+    def work(self) -> None:
+        """Serve the queue: the body of each thread."""
+        while (item := self._items.get()) is not None:
+            future, fn, args, kwargs = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = fn(*args, **kwargs)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    del result
+            del item, future, fn, args, kwargs
+            with self._mutex:
+                self._waiting += 1
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; end the threads once they are idle. Waits for nobody: the threads are daemons."""
+        with self._mutex:
+            self._closed = True
+        if cancel_futures:
+            try:
+                while (item := self._items.get_nowait()) is not None:
+                    item[0].cancel()
+            except queue.Empty:
+                pass
+        for _ in range(self._count):
+            self._items.put(None)

@@ -1,0 +1,112 @@
+"""Loop-bound things that live as long as the loop: an HTTP client, a connection pool.
+
+Each is opened and closed in one task of its own, because anyio's cancel scopes and many clients demand it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+from tta_sync.exceptions import LoopUnavailableError
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tta_sync")
+
+
+class _Opened:
+    """One opened resource. Loop thread only."""
+
+    def __init__(self, factory: Callable[[], AbstractAsyncContextManager[Any]], name: str) -> None:
+        self.closing = asyncio.Event()
+        self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # An empty context: what is opened for the first caller must not carry that caller's variables to all others.
+        self.task = asyncio.get_running_loop().create_task(
+            self._hold(factory), name=f"resource {name}", context=contextvars.Context()
+        )
+
+    async def _hold(self, factory: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        try:
+            async with factory() as opened:
+                self.ready.set_result(opened)
+                await self.closing.wait()
+        except BaseException as error:
+            if self.ready.done():
+                raise  # closing failed
+            self.ready.set_exception(error)
+            self.ready.exception()  # read here too: the first caller may have gone
+
+
+class OpenResources:
+    """The resources that one loop has opened, in the order of opening. Loop thread only."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Resource[Any], _Opened] = {}
+
+    async def get(self, resource: Resource[T]) -> T:
+        """Return the opened object, opening it first where nobody has."""
+        opened = self._opened.get(resource)
+        if opened is None:
+            opened = self._opened[resource] = _Opened(resource.factory, resource.name)
+        try:
+            # Shielded: the first caller's cancellation must not take the opening from those who wait beside it.
+            result: T = await asyncio.shield(opened.ready)
+        except BaseException:
+            if opened.ready.done() and self._opened.get(resource) is opened:
+                del self._opened[resource]  # it failed: the next use tries again
+            raise
+        return result
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        return [opened.task for opened in self._opened.values()]
+
+    async def close(self, grace: float) -> None:
+        """Close all, the last opened first; one that does not close within *grace* seconds is cancelled and left."""
+        while self._opened:
+            resource, opened = self._opened.popitem()
+            opened.closing.set()
+            if not opened.ready.done():
+                opened.task.cancel()
+            done, _ = await asyncio.wait([opened.task], timeout=grace)
+            if not done:
+                opened.task.cancel()
+                logger.warning("resource %s did not close within %g s", resource.name, grace)
+            elif not opened.task.cancelled() and (error := opened.task.exception()) is not None:
+                logger.warning("resource %s failed to close: %r", resource.name, error)
+
+
+class Resource(Generic[T]):
+    """A promise of an opened object: ``await`` it inside a coroutine on the managed loop.
+
+    Made at import time without a loop; opened at first use, once per process, and again in a forked child.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], AbstractAsyncContextManager[T]],
+        opened_here: Callable[[], OpenResources | None],
+    ) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"resource() takes a function that returns an async context manager, not {factory!r}: "
+                "write resource(lambda: Client(...))"
+            )
+        self.factory = factory
+        self.name = getattr(factory, "__qualname__", None) or type(factory).__qualname__
+        self._opened_here = opened_here
+
+    def __await__(self) -> Generator[Any, None, T]:
+        opened = self._opened_here()
+        if opened is None:
+            raise LoopUnavailableError(
+                f"resource {self.name} lives on its facade's loop: await it in a workflow that runs through that facade"
+            )
+        return opened.get(self).__await__()
+
+    def __repr__(self) -> str:
+        return f"resource({self.name})"
