@@ -52,6 +52,6 @@ def post_request(_worker: Any, _request: Any, environ: dict[str, Any], response:
 
 def worker_exit(_server: Any, _worker: Any) -> None:
     """End the worker's event loop in order: what is in flight is drained, resources are closed."""
-    from tta_sync import facade
+    from tta_sync.facade import default_facade
 
-    facade.shutdown()
+    default_facade().shutdown()
