@@ -1,0 +1,336 @@
+"""Single-flight: while one call computes a result, the others wait for it.
+
+A flight is a task of its own on the loop of the call that began it, so that no caller's end is the end of the work: it
+is cancelled only when its last waiter leaves. Waiters may sit on other loops (``asyncio.run`` in a test beside the
+managed one); each belongs to its loop and is woken there. Threads without a loop never wait here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import os
+import threading
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Protocol
+
+from tta_sync.context import (
+    Deadline,
+    TimeLimit,
+    WorkflowContext,
+    cancel_reason,
+    current_caller,
+    cut_off,
+    running_context,
+    time_limit,
+)
+from tta_sync.exceptions import DeadlineExceededError, NoCallerError
+from tta_sync.primitives.performance import snapshots
+
+_A_DAY = 86_400.0  # stands for "no deadline" where one has to be a number that every timer can take
+
+
+class _Forks:
+    """Which of a family of forked processes this is: what waits on a loop of the parent waits for nothing here."""
+
+    generation = 0
+
+
+_forks = _Forks()
+
+
+def _in_child() -> None:
+    _forks.generation += 1
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+Waiter = asyncio.Future[bool]
+"""True: the flight has landed; False: the waiter's own deadline has passed."""
+
+
+class Flight:
+    """One computation and those who wait for it. Guarded by its :class:`Flights`' lock, but for what the task owns.
+
+    ``revoked`` is set when the key was invalidated meanwhile: the result goes to those who wait, and nowhere else.
+    """
+
+    __slots__ = (
+        "background",
+        "context",
+        "done",
+        "error",
+        "generation",
+        "hits",
+        "key",
+        "limit",
+        "loop",
+        "revoked",
+        "snapshot",
+        "state",
+        "tags",
+        "task",
+        "value",
+        "waiters",
+    )
+
+    def __init__(self, key: Hashable, context: WorkflowContext, tags: frozenset[str], background: bool) -> None:
+        self.key = key
+        self.tags = tags
+        self.background = background
+        self.loop = asyncio.get_running_loop()
+        self.generation = _forks.generation
+        self.waiters: list[tuple[asyncio.AbstractEventLoop, Waiter]] = []
+        self.revoked = False
+        self.done = False
+        self.task: asyncio.Task[None] | None = None
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.snapshot: snapshots.Snapshot | None = None
+        # The computation works on a context of its own: it may outlive the call that began it.
+        self.context = copy.copy(context)
+        self.context._parent = context  # "degraded" reaches the call, and its ancestors
+        self.context.state = context.state.copy()
+        self.state = context.state.copy()
+        self.context.deadline = None
+        self.context.degraded = False
+        self.limit = TimeLimit(math.inf)
+
+    @property
+    def alive(self) -> bool:
+        """False once nothing will ever end this flight: its process forked away from it, or its loop was closed."""
+        return self.generation == _forks.generation and not self.loop.is_closed()
+
+    def extend(self, context: WorkflowContext) -> None:
+        """Let the work take as long as the most patient waiter would wait."""
+        clock = context.clock
+        cut = cut_off(context)
+        at = clock.monotonic() + _A_DAY if cut is None else cut
+        deadline = self.context.deadline
+        if deadline is None:
+            seconds = None if context.deadline is None else context.deadline.seconds
+            self.context.deadline = Deadline(at, seconds, self.context.clock)
+        elif at > deadline.at:
+            deadline.at = at
+
+    def share_state(self, context: WorkflowContext, leads: bool) -> None:
+        """Give a caller what the steps told each other: all of it to the one that leads, counts to the others."""
+        before, after = self.state, self.context.state
+        if leads:
+            for name, value in after.items():
+                if name not in before or before[name] is not value:
+                    context.state[name] = value
+        else:
+            for name in ("cache_hits", "cache_misses"):
+                more = after.get(name, 0) - before.get(name, 0)
+                if more:
+                    context.state[name] = context.state.get(name, 0) + more
+            if self.context.degraded:
+                context.mark_degraded()
+
+
+Work = Callable[[Flight], Coroutine[Any, Any, Any]]
+Alone = Callable[[], Coroutine[Any, Any, Any]]
+
+
+class Guard(Protocol):
+    """Whoever owns the lock, which a fork replaces."""
+
+    lock: threading.Lock
+
+
+class Flights:
+    """The flights of one cache, at most one per key."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._open: dict[Hashable, Flight] = {}  # guarded by the guard's lock
+        self._all: set[Flight] = set()  # guarded by the guard's lock; a strong reference to every task that runs
+
+    # ---- waiting
+
+    async def share(
+        self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work, alone: Alone
+    ) -> Any:
+        """Return the result of *work* for *key*, which is begun only if nobody else is at it.
+
+        *alone* computes without sharing, for a result that cannot be copied.
+        """
+        while True:
+            flight, waiter, leads = self._board(key, context, tags)
+            try:
+                if leads:
+                    self._launch(flight, name, work)
+                await self._wait(flight, waiter, context)
+                flight.share_state(context, leads)
+                error = flight.error
+                if error is None:
+                    if leads:
+                        return flight.value
+                    if flight.snapshot is None:
+                        return await alone()
+                    return flight.snapshot.copy()
+                if leads:
+                    raise error
+                if not self._was_the_leaders(error, context):
+                    raise snapshots.copy_error(error)
+                # What ended the flight concerned the one who led it: the next in line takes over.
+            finally:
+                error = None  # else its traceback would lead to this frame, and this frame to it
+                del flight, waiter
+
+    def begin(
+        self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work, limit: float
+    ) -> bool:
+        """Begin *work* in the background, with *limit* seconds of its own, unless somebody is at it already."""
+        with self._guard.lock:
+            current = self._open.get(key)
+            if current is not None and current.alive:
+                return False
+            flight = Flight(key, context, tags, background=True)
+            flight.context.correlation_id = context.correlation_id
+            flight.context._parent = None
+            flight.context.deadline = Deadline(context.clock.monotonic() + limit, limit, context.clock)
+            self._open[key] = flight
+            self._all.add(flight)
+        self._launch(flight, name, work)
+        return True
+
+    @staticmethod
+    def _was_the_leaders(error: BaseException, context: WorkflowContext) -> bool:
+        if isinstance(error, NoCallerError):
+            return current_caller.get() is not None
+        if isinstance(error, DeadlineExceededError):
+            return context.deadline is None or context.deadline.remaining() > 0
+        return not isinstance(error, Exception)  # a cancellation, or an interrupt: it has its own addressee
+
+    def _board(self, key: Hashable, context: WorkflowContext, tags: frozenset[str]) -> tuple[Flight, Waiter, bool]:
+        loop = asyncio.get_running_loop()
+        waiter: Waiter = loop.create_future()
+        with self._guard.lock:
+            flight = self._open.get(key)
+            leads = flight is None or not flight.alive
+            if flight is None or leads:
+                flight = self._open[key] = Flight(key, context, tags, background=False)
+                self._all.add(flight)
+            flight.waiters.append((loop, waiter))
+            flight.extend(context)
+        return flight, waiter, leads
+
+    async def _wait(self, flight: Flight, waiter: Waiter, context: WorkflowContext) -> None:
+        deadline = context.deadline
+        timer = None if deadline is None else context.clock.call_at(deadline.at, _wake, waiter, False)
+        try:
+            landed = await waiter
+        except asyncio.CancelledError:
+            if self._leave(flight, waiter, cancel_reason()):
+                # As if the step had been awaited directly: its clean-up is over before the cancellation comes out.
+                assert flight.task is not None
+                await asyncio.wait((flight.task,))
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if not landed:
+            assert deadline is not None
+            self._leave(flight, waiter, "deadline")
+            deadline.raise_exceeded()
+
+    def _leave(self, flight: Flight, waiter: Waiter, reason: str | None) -> bool:
+        """Stop waiting; cancel the flight if nobody else waits. True if its end can be awaited on this loop."""
+        with self._guard.lock:
+            flight.waiters = [other for other in flight.waiters if other[1] is not waiter]
+            if flight.waiters or flight.done or flight.background:
+                return False
+            self._close(flight)
+        flight.limit.reason = reason  # a breaker inside wants to know
+        task = flight.task
+        if task is None:
+            return False
+        if flight.loop is asyncio.get_running_loop():
+            task.cancel()
+            return True
+        try:
+            flight.loop.call_soon_threadsafe(task.cancel)
+        except RuntimeError:
+            pass  # that loop was closed, and the task with it
+        return False
+
+    def _close(self, flight: Flight) -> None:
+        """Take no more waiters on board."""
+        if self._open.get(flight.key) is flight:
+            del self._open[flight.key]
+
+    # ---- flying ------------------------------------------------------------------------------------------------------
+
+    def _launch(self, flight: Flight, name: str, work: Work) -> None:
+        task = flight.loop.create_task(self._fly(flight, work), name=name)
+        flight.task = task
+        # A task that is cancelled before its first step never enters _fly.
+        task.add_done_callback(lambda task: self._land(flight))
+
+    async def _fly(self, flight: Flight, work: Work) -> None:
+        running_context.set(flight.context)
+        time_limit.set(flight.limit)  # not that of the call which began this: others may have more time
+        if flight.background:
+            current_caller.set(None)
+        try:
+            value = await work(flight)
+            with self._guard.lock:
+                self._close(flight)
+                shared = len(flight.waiters) > 1
+            if shared and flight.snapshot is None:
+                flight.snapshot = snapshots.take(value)
+            flight.value = value
+        except BaseException as error:  # also interrupts: they belong to a caller, not to the loop
+            flight.error = error
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            self._land(flight)
+            del flight  # an error's traceback leads to this frame
+
+    def _land(self, flight: Flight) -> None:
+        with self._guard.lock:
+            if flight.done:
+                return
+            flight.done = True
+            self._close(flight)
+            self._all.discard(flight)
+            waiters, flight.waiters = flight.waiters, []
+        if flight.error is None and flight.task is not None and flight.task.cancelled():
+            flight.error = asyncio.CancelledError()
+        for loop, waiter in waiters:
+            if loop is flight.loop:
+                _wake(waiter, True)
+            else:
+                try:
+                    loop.call_soon_threadsafe(_wake, waiter, True)
+                except RuntimeError:
+                    pass  # that loop was closed: nobody waits there any more
+
+    # ---- invalidation ------------------------------------------------------------------------------------------------
+    # The caller holds the lock.
+
+    def revoke(self, key: Hashable) -> None:
+        """Let the flight of *key* land without being stored, and let later calls begin their own."""
+        flight = self._open.pop(key, None)
+        if flight is not None:
+            flight.revoked = True
+
+    def revoke_tags(self, tags: frozenset[str]) -> None:
+        for flight in [flight for flight in self._all if not tags.isdisjoint(flight.tags)]:
+            flight.revoked = True
+            self._close(flight)
+
+    def revoke_all(self) -> None:
+        for flight in self._all:
+            flight.revoked = True
+        self._open.clear()
+
+
+def _wake(waiter: Waiter, landed: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(landed)
