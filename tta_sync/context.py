@@ -262,8 +262,30 @@ class WorkflowContext:
 running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_context", default=None)
 """The context of the workflow that the current task runs; set by the facade inside the task, so it never leaks out."""
 
+class TimeLimit(float):
+    """The moment at which somebody will cut the step that runs now, and whether he has done so.
+
+    A TimeoutPrimitive makes one for its extent; the facade makes one where it enforces a call's deadline. ``outer`` is
+    the limit around it. Whoever cuts sets ``reason``, "timeout" or "deadline", before he cancels the task: so a breaker
+    inside can tell a call that took too long from one that nobody wants any more.
+    """
+
+    outer: float | None = None
+    reason: str | None = None
+
+
 time_limit: ContextVar[float | None] = ContextVar("tta_sync_time_limit", default=None)
-"""The earliest moment (``context.clock.monotonic()``) at which a TimeoutPrimitive around this step will cut it."""
+"""The earliest moment (``context.clock.monotonic()``) at which somebody will cut this step: a :class:`TimeLimit`."""
+
+
+def cancel_reason() -> str | None:
+    """Say why the running step is being cancelled: "timeout", "deadline", or None for anybody else's cancellation."""
+    limit = time_limit.get()
+    while isinstance(limit, TimeLimit):
+        if limit.reason is not None:
+            return limit.reason
+        limit = limit.outer
+    return None
 
 context_providers: list[Callable[[], WorkflowContext | None]] = []
 """Who else may know the current context: tta_sync.flask adds the request's, tta_sync.rq the job's."""

@@ -1,1 +1,62 @@
+"""Primitives for what goes wrong; modules load at the first use of a name from them, and tenacity not even then."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tta_sync.exceptions import BulkheadFullError as BulkheadFullError
+    from tta_sync.exceptions import CircuitOpenError as CircuitOpenError
+    from tta_sync.exceptions import RateLimitedError as RateLimitedError
+    from tta_sync.exceptions import SagaError as SagaError
+    from tta_sync.exceptions import StepTimeoutError as StepTimeoutError
+    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerConfig as CircuitBreakerConfig
+    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerError as CircuitBreakerError
+    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerPrimitive as CircuitBreakerPrimitive
+    from tta_sync.primitives.recovery.circuit_breaker import CircuitState as CircuitState
+    from tta_sync.primitives.recovery.fallback import FallbackPrimitive as FallbackPrimitive
+    from tta_sync.primitives.recovery.retry import RetryBudget as RetryBudget
+    from tta_sync.primitives.recovery.retry import RetryPrimitive as RetryPrimitive
+    from tta_sync.primitives.recovery.retry import RetryStrategy as RetryStrategy
+    from tta_sync.primitives.recovery.timeout import TimeoutError as TimeoutError  # noqa: A004
+    from tta_sync.primitives.recovery.timeout import TimeoutPrimitive as TimeoutPrimitive
+
+_HOMES = {
+    "tta_sync.exceptions": (
+        "BulkheadFullError",
+        "CircuitBreakerError",
+        "CircuitOpenError",
+        "RateLimitedError",
+        "SagaError",
+        "StepTimeoutError",
+    ),
+    "tta_sync.primitives.recovery.bulkhead": ("BulkheadPrimitive",),
+    "tta_sync.primitives.recovery.chaos": ("ChaosPrimitive",),
+    "tta_sync.primitives.recovery.circuit_breaker": (
+        "CircuitBreakerConfig",
+        "CircuitBreakerPrimitive",
+        "CircuitState",
+    ),
+    "tta_sync.primitives.recovery.compensation": ("CompensationPrimitive", "SagaPrimitive"),
+    "tta_sync.primitives.recovery.fallback": ("FallbackPrimitive",),
+    "tta_sync.primitives.recovery.hedge": ("HedgePrimitive",),
+    "tta_sync.primitives.recovery.rate_limit": ("RateLimitPrimitive",),
+    "tta_sync.primitives.recovery.retry": ("RetryBudget", "RetryPrimitive", "RetryStrategy"),
+    "tta_sync.primitives.recovery.timeout": ("TimeoutError", "TimeoutPrimitive"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # one table, not two that drift apart
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

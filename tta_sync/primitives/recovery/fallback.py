@@ -1,0 +1,124 @@
+"""Another step's answer where the first one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tta_sync import events
+from tta_sync.context import WorkflowContext, cut_off
+from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.composition import check_composition
+
+
+class FallbackPrimitive(WorkflowPrimitive[In, Out]):
+    """Ask the next step, with the same data, when one fails.
+
+    The first that succeeds answers; the context is then marked ``degraded``. When all have failed, the primary's error
+    comes out as itself, with the others in its notes. A cancellation, and a call whose time is up, never fall back.
+
+    Args:
+        primary: the step that should answer.
+        fallback: the step to ask instead (TTA.dev's spelling).
+        fallbacks: several of them, in order.
+        fallback_on: exception types for which another step is asked; others pass through.
+
+    Raises:
+        ConfigurationError: there is no fallback.
+
+    Source: TTA.dev; the types of error as in Polly's ``ShouldHandle``.
+    """
+
+    strategy = "fallback"
+    peeks = True
+
+    def __init__(
+        self,
+        primary: Any,
+        fallback: Any = None,
+        fallbacks: Sequence[Any] | None = None,
+        *,
+        fallback_on: type[Exception] | tuple[type[Exception], ...] = Exception,
+        name: str | None = None,
+    ) -> None:
+        if isinstance(fallbacks, (str, bytes)) or not (fallbacks is None or isinstance(fallbacks, Sequence)):
+            raise ConfigurationError(f"fallbacks is a list of steps, not {fallbacks!r}: write fallbacks=[step]")
+        steps = [] if fallback is None else [fallback]
+        steps.extend(fallbacks or ())
+        if not steps:
+            raise ConfigurationError("a fallback needs a step to fall back on: FallbackPrimitive(primary, fallback)")
+        self.primary: WorkflowPrimitive[In, Out] = as_primitive(primary)
+        self.fallbacks: tuple[WorkflowPrimitive[In, Out], ...] = tuple(map(as_primitive, steps))
+        self.fallback_on = fallback_on
+        if name is not None:
+            self.name = name
+        self._inner = self.primary._run
+        check_composition(self)
+
+    @property
+    def fallback(self) -> WorkflowPrimitive[In, Out]:
+        """The first fallback, under TTA.dev's name."""
+        return self.fallbacks[0]
+
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        return (self.primary, *self.fallbacks)
+
+    async def _run(self, data: In, context: WorkflowContext) -> Out:
+        try:
+            return await self._inner(data, context)
+        except Exception as error:
+            if not isinstance(error, self.fallback_on):
+                raise
+            first = error
+        try:
+            return await self._fall_back(first, data, context)
+        finally:
+            del first  # its frames lead back to this one
+
+    async def _fall_back(self, first: Exception, data: In, context: WorkflowContext) -> Out:
+        failed: WorkflowPrimitive[In, Out] = self.primary
+        error = first
+        try:
+            for position, step in enumerate(self.fallbacks, 1):
+                end = cut_off(context)
+                if end is not None and end <= context.clock.monotonic():
+                    note(first, f"no time was left for {step!r}")
+                    break
+                if events.bus.emit is not None:
+                    events.bus.emit(
+                        events.FallbackUsed(
+                            step=step_name(self),
+                            correlation_id=context.correlation_id,
+                            failed=step_name(failed),
+                            used=step_name(step),
+                            error=error,
+                        )
+                    )
+                try:
+                    answer = await step._run(data, context)
+                except Exception as next_error:
+                    if next_error is not first:
+                        text = repr(next_error)[:200]
+                        note(first, f"fallback {position} of {len(self.fallbacks)}, {step!r}, failed as well: {text}")
+                    failed, error = step, next_error
+                else:
+                    context.mark_degraded()
+                    return answer
+            raise first
+        finally:
+            del first, error
+
+    def peek(self, data: In, context: WorkflowContext) -> Out | Any:
+        # What the primary would raise is no answer: the fallback has one, on the loop.
+        return peek_value(self.primary, data, context)
+
+
+def peek_value(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowContext) -> Any:
+    """Return what *step* can answer without the loop; MISS where it cannot, or would raise."""
+    if not step.peeks or getattr(step, "peek_raises", False):
+        return MISS
+    try:
+        return step.peek(data, context)
+    except Exception:
+        return MISS
