@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -176,6 +177,7 @@ def postgres_server() -> Iterator[Callable[[str | None], str]]:
         else:
             os.environ["XDG_RUNTIME_DIR"] = before
     server = get_server(directory / "data", cleanup_mode="stop")
+    _servers.add(server.get_pid() or 0)
 
     def url(database: str | None = None) -> str:
         return str(server.get_uri(database=database))
@@ -200,30 +202,40 @@ def postgres_url(postgres_server: Callable[[str | None], str]) -> Iterator[str]:
 
 # --------------------------------------------------------------------------------------------------- leak check
 
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a test's own children leave behind comes to us
+
 
 def child_processes() -> dict[int, str]:
-    """This process's children, zombies too, as pid -> command line; empty where there is no /proc."""
+    """This process's living children as pid -> command line; empty where there is no /proc. Zombies are reaped."""
     me, found = os.getpid(), {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == me:
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip() or "(zombie)"
+            state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) != me:
+                continue
+            if state == "Z":
+                os.waitpid(int(entry.name), os.WNOHANG)
+            else:
+                found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
         except OSError:
             continue  # it ended while we looked
     return found
 
 
-def _leaks(processes: set[int], threads: set[threading.Thread]) -> list[str]:
+def _leaked_processes(before: set[int]) -> dict[int, str]:
     lasting = "multiprocessing.resource_tracker", "multiprocessing.forkserver"  # one of each per interpreter
-    return [
-        f"process {pid}: {command}"
+    return {
+        pid: command
         for pid, command in child_processes().items()
-        if pid not in processes | _servers and not any(name in command for name in lasting)
-    ] + [
-        f"thread {thread.name}"
-        for thread in threading.enumerate()
-        if thread not in threads and not thread.name.startswith("tta_sync")
+        if pid not in before | _servers and not any(name in command for name in lasting)
+    }
+
+
+def _leaked_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    # The default facade's loop thread, its watchdog and its pool live as long as the process, on purpose.
+    return [
+        thread for thread in threading.enumerate() if thread not in before and not thread.name.startswith("tta_sync")
     ]
 
 
@@ -233,7 +245,27 @@ def _nothing_is_left_behind() -> Iterator[None]:
     processes, threads = set(child_processes()), set(threading.enumerate())
     yield
     give_up = time.monotonic() + GRACE
-    while (left := _leaks(processes, threads)) and time.monotonic() < give_up:
+    while True:
+        left, unended = _leaked_processes(processes), _leaked_threads(threads)
+        if not left and not unended:
+            return
+        if time.monotonic() > give_up:
+            break
         time.sleep(0.01)
-    if left:
-        pytest.fail("left running: " + "; ".join(left))
+    for pid in left:  # said once; the next test and the machine are not to suffer
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    names = [f"process {pid}: {command}" for pid, command in left.items()]
+    pytest.fail("left running: " + "; ".join([*names, *(f"thread {thread.name}" for thread in unended)]))
+
+
+# ----------------------------------------------------------------------------------------------------- coverage
+
+
+@pytest.fixture
+def measure_subprocesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the Python processes that this test starts measured too, if this one is."""
+    coverage = sys.modules.get("coverage")
+    current = coverage.Coverage.current() if coverage is not None else None
+    if current is not None:
+        monkeypatch.setenv("COVERAGE_PROCESS_CONFIG", current.config.serialize())
