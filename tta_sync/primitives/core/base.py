@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import importlib
 import inspect
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, overload
 
 from tta_sync.context import WorkflowContext, current_caller, current_context, current_pool, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
@@ -22,10 +24,54 @@ if TYPE_CHECKING:
     from tta_sync.primitives.core.parallel import ParallelPrimitive
     from tta_sync.primitives.core.sequential import SequentialPrimitive
 
-In = TypeVar("In")
-Out = TypeVar("Out")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    # Where a plain function gives no types, a step takes and returns Any.
+    In = TypeVarWithDefault("In", default=Any, contravariant=True)
+    Out = TypeVarWithDefault("Out", default=Any, covariant=True)
+else:
+    In = TypeVar("In")
+    Out = TypeVar("Out")
 Next = TypeVar("Next")
-F = TypeVar("F", bound=Callable[..., Any])
+First = TypeVar("First")
+
+
+_Given = TypeVar("_Given", contravariant=True)
+_Made = TypeVar("_Made", covariant=True)
+
+
+class Foreign(Protocol):
+    """An object of another library that runs as a step."""
+
+    def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
+
+    def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
+
+
+class _Function(Protocol[_Given, _Made]):
+    """A function, and no other callable: a step made by ``@step`` has no ``__name__`` for a type checker."""
+
+    @property
+    def __name__(self) -> str: ...
+    def __call__(self, data: _Given, /) -> _Made: ...
+
+
+class _AnyFunction(Protocol):
+    @property
+    def __name__(self) -> str: ...
+    def __call__(self, *args: Any, **keywords: Any) -> Any: ...
+
+
+class _AnyObject(Protocol):
+    def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
+    def __call__(self, *args: Any, **keywords: Any) -> Any: ...
+
+
+class _ContextFunction(Protocol[_Given, _Made]):
+    @property
+    def __name__(self) -> str: ...
+    def __call__(self, data: _Given, context: WorkflowContext, /) -> _Made: ...
 
 
 class _Miss:
@@ -41,7 +87,7 @@ class _Miss:
 MISS: Final[Any] = _Miss()
 """What ``peek`` returns when it cannot answer without the loop."""
 
-_CONTEXT_FIRST = frozenset({"context", "ctx"})
+_CONTEXT_NAMES = frozenset({"context", "ctx"})
 
 Run = Callable[[Any, Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
@@ -58,6 +104,8 @@ def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = No
     if context is None:
         current = current_context()
         context = WorkflowContext() if current is None else current
+    elif not hasattr(context, "state"):  # a context of TTA.dev's own would do
+        raise TypeError(f"the context is a WorkflowContext, not {type(context).__name__}: execute(data, context)")
     return data, context
 
 
@@ -72,14 +120,20 @@ def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
         return run(self, data, context)
 
     # Not `async def`, which would cost a second frame per call; it answers as one where somebody asks.
-    if hasattr(inspect, "markcoroutinefunction"):  # 3.12
+    if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(execute)
+    else:
+        execute._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # what 3.11 has for it
     return execute
 
 
-def _context_first(function: Callable[..., Any]) -> bool:
-    parameters = list(inspect.signature(function).parameters)
-    return len(parameters) > 1 and parameters[1] in _CONTEXT_FIRST
+def _context_first(method: Callable[..., Any]) -> bool:
+    """Say whether a method's signature is ``(self, context, data)``."""
+    try:
+        parameters = list(inspect.signature(method).parameters)
+    except (TypeError, ValueError):  # compiled, or no function at all: a mock, say
+        return False
+    return len(parameters) > 2 and parameters[1] in _CONTEXT_NAMES
 
 
 class WorkflowPrimitive(Generic[In, Out]):
@@ -105,11 +159,15 @@ class WorkflowPrimitive(Generic[In, Out]):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         own = cls.__dict__
-        if "peek" in own and "peeks" not in own:
-            cls.peeks = False
+        if "peeks" not in own and ("peek" in own or "execute" in own or "_run" in own):
+            cls.peeks = False  # what the parent's peek would answer is not what this class's execute does
         if "_run" in own:
-            if "execute" not in own:
-                cls.execute = _entry(own["_run"])  # type: ignore[method-assign]  # same call, looser spelling
+            if cls.__module__.partition(".")[0] != "tta_sync":
+                raise ConfigurationError(
+                    f"{cls.__name__}._run: WorkflowPrimitive keeps this name for itself; "
+                    "define `async def execute(self, data, context)`, and give a method of your own another name"
+                )
+            cls.execute = _entry(own["_run"])  # type: ignore[method-assign]  # same call, looser spelling
         elif "execute" in own:
             written = own["execute"]
             run: Run = written
@@ -138,6 +196,8 @@ class WorkflowPrimitive(Generic[In, Out]):
 
     def run_sync(self, data: Any = None, context: Any = None, *, timeout: float | None = None) -> Out:
         """Run the workflow on the managed loop and wait for its result: :func:`tta_sync.run_sync` as a method."""
+        if not hasattr(ports, "sync_entry"):
+            importlib.import_module("tta_sync.facade")  # fills the port; by name, since it is a layer above
         result: Out = ports.sync_entry(self, data, context, timeout)
         return result
 
@@ -163,35 +223,102 @@ class WorkflowPrimitive(Generic[In, Out]):
         """
         return None
 
-    @overload
-    def __rshift__(self, other: WorkflowPrimitive[Out, Next]) -> SequentialPrimitive[In, Next]: ...
-    @overload
-    def __rshift__(self, other: Callable[..., Any]) -> SequentialPrimitive[In, Any]: ...
-    def __rshift__(self, other: Any) -> Any:
-        from tta_sync.primitives.core.sequential import SequentialPrimitive
+    if TYPE_CHECKING:
+        # A function's own types carry over; those of a foreign object with `execute` are taken on trust. That no step of
+        # ours passes for a foreign one, and two that do not fit are an error at the operator, takes an attribute on
+        # which they differ: every other object has a __sizeof__.
+        __sizeof__: None  # type: ignore[assignment]
 
-        return SequentialPrimitive.join(self, other) if is_step(other) else NotImplemented
+        @overload
+        def __rshift__(self, other: WorkflowPrimitive[Out, Next]) -> SequentialPrimitive[In, Next]: ...
+        @overload
+        def __rshift__(
+            self, other: Callable[[Out, WorkflowContext], Awaitable[Next]]
+        ) -> SequentialPrimitive[In, Next]: ...
+        @overload
+        def __rshift__(self, other: Callable[[Out], Awaitable[Next]]) -> SequentialPrimitive[In, Next]: ...
+        @overload
+        def __rshift__(self, other: Callable[[Out, WorkflowContext], Next]) -> SequentialPrimitive[In, Next]: ...
+        @overload
+        def __rshift__(self, other: Callable[[Out], Next]) -> SequentialPrimitive[In, Next]: ...
+        @overload
+        def __rshift__(self, other: Foreign) -> SequentialPrimitive[In, Any]: ...
+        def __rshift__(self, other: Any) -> Any: ...
 
-    def __rrshift__(self, other: Callable[..., Any]) -> SequentialPrimitive[Any, Out]:
-        from tta_sync.primitives.core.sequential import SequentialPrimitive
+        @overload
+        def __rrshift__(self, other: _ContextFunction[First, Awaitable[In]]) -> SequentialPrimitive[First, Out]: ...
+        @overload
+        def __rrshift__(self, other: _Function[First, Awaitable[In]]) -> SequentialPrimitive[First, Out]: ...
+        @overload
+        def __rrshift__(self, other: _ContextFunction[First, In]) -> SequentialPrimitive[First, Out]: ...
+        @overload
+        def __rrshift__(self, other: _Function[First, In]) -> SequentialPrimitive[First, Out]: ...
+        @overload
+        def __rrshift__(self, other: functools.partial[Any]) -> SequentialPrimitive[Any, Out]: ...
+        @overload
+        def __rrshift__(self, other: Foreign) -> SequentialPrimitive[Any, Out]: ...
+        def __rrshift__(self, other: Any) -> Any: ...
 
-        return SequentialPrimitive.join(other, self) if is_step(other) else NotImplemented
+        @overload
+        def __or__(self, other: WorkflowPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(
+            self, other: Callable[[In, WorkflowContext], Awaitable[Next]]
+        ) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In], Awaitable[Next]]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In, WorkflowContext], Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In], Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Foreign) -> ParallelPrimitive[In, Any]: ...
+        def __or__(self, other: Any) -> Any: ...
 
-    def __or__(self, other: Any) -> ParallelPrimitive[In, Any]:
-        from tta_sync.primitives.core.parallel import ParallelPrimitive
+        @overload
+        def __ror__(self, other: _ContextFunction[In, Awaitable[Next]]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _Function[In, Awaitable[Next]]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _ContextFunction[In, Next]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _Function[In, Next]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: functools.partial[Any]) -> ParallelPrimitive[In, Any]: ...
+        @overload
+        def __ror__(self, other: Foreign) -> ParallelPrimitive[In, Any]: ...
+        def __ror__(self, other: Any) -> Any: ...
+    else:
 
-        return ParallelPrimitive.join(self, other) if is_step(other) else NotImplemented
+        def __rshift__(self, other):
+            from tta_sync.primitives.core.sequential import SequentialPrimitive
 
-    def __ror__(self, other: Callable[..., Any]) -> ParallelPrimitive[Any, Any]:
-        from tta_sync.primitives.core.parallel import ParallelPrimitive
+            return SequentialPrimitive.join(self, other) if is_step(other) else NotImplemented
 
-        return ParallelPrimitive.join(other, self) if is_step(other) else NotImplemented
+        def __rrshift__(self, other):
+            from tta_sync.primitives.core.sequential import SequentialPrimitive
+
+            return SequentialPrimitive.join(other, self) if is_step(other) else NotImplemented
+
+        def __or__(self, other):
+            from tta_sync.primitives.core.parallel import ParallelPrimitive
+
+            return ParallelPrimitive.join(self, other) if is_step(other) else NotImplemented
+
+        def __ror__(self, other):
+            from tta_sync.primitives.core.parallel import ParallelPrimitive
+
+            return ParallelPrimitive.join(other, self) if is_step(other) else NotImplemented
 
     def __repr__(self) -> str:
         parts = ", ".join(filter(None, (*map(repr, children_of(self)), details_of(self))))
         if not parts:
-            return step_name(self)
+            return display_name(self)
         return f"{type(self).__name__.removesuffix('Primitive')}({parts})"
+
+
+StepLike = WorkflowPrimitive[In, Out] | _AnyFunction | _AnyObject | Foreign
+"""What can stand in a workflow."""
 
 
 def is_step(candidate: object) -> bool:
@@ -207,7 +334,7 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
     """
     if isinstance(candidate, WorkflowPrimitive):
         return candidate
-    if isinstance(candidate, type):
+    if isinstance(candidate, type) and hasattr(candidate, "execute"):
         raise ConfigurationError(f"{candidate.__name__} is a class: write {candidate.__name__}(...)")
     if callable(getattr(candidate, "execute", None)):
         return ForeignPrimitive(candidate)
@@ -221,8 +348,15 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
 
 def step_name(candidate: object) -> str:
     """Return the name by which people know a step: its own, its function's, or its class's."""
+    while isinstance(candidate, functools.partial):
+        candidate = candidate.func
     name = getattr(candidate, "name", None) or getattr(candidate, "__qualname__", None)
     return name if isinstance(name, str) else type(candidate).__qualname__
+
+
+def display_name(candidate: object) -> str:
+    """Return :func:`step_name` without the function in which the step was defined, for reprs and diagrams."""
+    return step_name(candidate).rpartition("<locals>.")[2]
 
 
 class ForeignPrimitive(WorkflowPrimitive[Any, Any]):
@@ -233,21 +367,48 @@ class ForeignPrimitive(WorkflowPrimitive[Any, Any]):
         self.name = step_name(foreign)
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
-        return await self.foreign.execute(data, context)
+        answer = self.foreign.execute(data, context)
+        if not inspect.isawaitable(answer):
+            raise TypeError(
+                f"{self.name}.execute returned {type(answer).__name__}, not an awaitable: make it `async def`, "
+                "or, if it blocks, wrap it with thread_step"
+            )
+        return await answer
+
+
+def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+    """Return *function*, and whether it is called as ``f(data, context)`` rather than ``f(data)``.
+
+    One that is written ``f(context, data)`` comes back turned round.
+
+    Raises:
+        ConfigurationError: it can be called in none of these ways.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have no signature
+        return function, False
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    # A second parameter with a default is the context only if it is called so: round(x, ndigits=None) is not.
+    two = not isinstance(function, type) and (
+        sum(p.default is p.empty for p in positional) == 2
+        or (len(positional) >= 2 and positional[1].name in _CONTEXT_NAMES)
+        or any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    )
+    try:
+        signature.bind(*((None, None) if two else (None,)))
+    except TypeError:
+        raise ConfigurationError(
+            f"{step_name(function)}{signature} cannot be a step: write it as f(data) or f(data, context)"
+        ) from None
+    if two and positional and positional[0].name in _CONTEXT_NAMES:
+        return (lambda data, context: function(context, data)), True
+    return function, two
 
 
 def takes_context(function: Callable[..., Any]) -> bool:
-    """Say whether *function* wants ``(data, context)`` rather than ``(data)``."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
-    # A second parameter with a default is the context only if it is called so: int(x, base=10) is not.
-    return len(required) >= 2 or (len(positional) >= 2 and positional[1].name in _CONTEXT_FIRST)
+    """Say whether *function* wants two arguments, data and context, rather than one."""
+    return calling_form(function)[1]
 
 
 class LambdaPrimitive(WorkflowPrimitive[In, Out]):
@@ -269,20 +430,25 @@ class LambdaPrimitive(WorkflowPrimitive[In, Out]):
         self.func = func
         self.name = name or step_name(func)
         self.idempotent = idempotent
-        self._takes_context = takes_context(func)
+        self._function, self._takes_context = calling_form(func)
         # `@step` keeps the function's face: its docstring, module, and signature for whoever inspects it.
         functools.update_wrapper(self, func, updated=())
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
-        result: Any = self.func(data, context) if self._takes_context else self.func(data)
+        result: Any = self._function(data, context) if self._takes_context else self._function(data)
         if inspect.isawaitable(result):
             result = await result
         answer: Out = result
         return answer
 
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        """Call the function itself, as if it were not decorated."""
-        return self.func(*args, **keywords)
+    if TYPE_CHECKING:
+        # With the input's type: else a checker would take any step for a function that fits anywhere.
+        def __call__(self, data: In, /, *args: Any, **keywords: Any) -> Any:
+            """Call the function itself, as if it were not decorated."""
+    else:
+
+        def __call__(self, *args, **keywords):
+            return self.func(*args, **keywords)
 
 
 class CallerPrimitive(LambdaPrimitive[In, Out]):
@@ -301,7 +467,7 @@ class CallerPrimitive(LambdaPrimitive[In, Out]):
         return result
 
     def _call(self, data: In, context: WorkflowContext) -> Any:
-        result = self.func(data, context) if self._takes_context else self.func(data)
+        result = self._function(data, context) if self._takes_context else self._function(data)
         if inspect.iscoroutine(result):
             result.close()
             raise ConfigurationError(f"{self.name} is async: a {self._kind} takes a plain function; use @step")
@@ -340,16 +506,38 @@ def _decorator(kind: type[LambdaPrimitive[Any, Any]], may_be_async: bool) -> Cal
 
 if TYPE_CHECKING:
 
+    class _StepDecorator(Protocol):
+        @overload
+        def __call__(self, func: Callable[[In, WorkflowContext], Awaitable[Out]], /) -> LambdaPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[In], Awaitable[Out]], /) -> LambdaPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[In, WorkflowContext], Out], /) -> LambdaPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[In], Out], /) -> LambdaPrimitive[In, Out]: ...
+
+    class _CallerStepDecorator(Protocol):
+        @overload
+        def __call__(self, func: Callable[[In, WorkflowContext], Out], /) -> CallerPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[In], Out], /) -> CallerPrimitive[In, Out]: ...
+
+    class _ThreadStepDecorator(Protocol):
+        @overload
+        def __call__(self, func: Callable[[In, WorkflowContext], Out], /) -> ThreadPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[In], Out], /) -> ThreadPrimitive[In, Out]: ...
+
     @overload
     def step(func: Callable[[In, WorkflowContext], Awaitable[Out]], /) -> LambdaPrimitive[In, Out]: ...
     @overload
     def step(func: Callable[[In], Awaitable[Out]], /) -> LambdaPrimitive[In, Out]: ...
     @overload
-    def step(func: Callable[..., Any], /) -> LambdaPrimitive[Any, Any]: ...
+    def step(func: Callable[[In, WorkflowContext], Out], /) -> LambdaPrimitive[In, Out]: ...
     @overload
-    def step(
-        *, name: str | None = None, idempotent: bool | None = None
-    ) -> Callable[[Callable[..., Any]], LambdaPrimitive[Any, Any]]: ...
+    def step(func: Callable[[In], Out], /) -> LambdaPrimitive[In, Out]: ...
+    @overload
+    def step(*, name: str | None = None, idempotent: bool | None = None) -> _StepDecorator: ...
     def step(func: Any = None, **options: Any) -> Any:
         """Make a function, plain or async, a step that runs on the loop."""
 
@@ -358,9 +546,7 @@ if TYPE_CHECKING:
     @overload
     def caller_step(func: Callable[[In], Out], /) -> CallerPrimitive[In, Out]: ...
     @overload
-    def caller_step(
-        *, name: str | None = None, idempotent: bool | None = None
-    ) -> Callable[[Callable[..., Any]], CallerPrimitive[Any, Any]]: ...
+    def caller_step(*, name: str | None = None, idempotent: bool | None = None) -> _CallerStepDecorator: ...
     def caller_step(func: Any = None, **options: Any) -> Any:
         """Make a plain function a step that runs on the thread that waits in ``run_sync``."""
 
@@ -369,9 +555,7 @@ if TYPE_CHECKING:
     @overload
     def thread_step(func: Callable[[In], Out], /) -> ThreadPrimitive[In, Out]: ...
     @overload
-    def thread_step(
-        *, name: str | None = None, idempotent: bool | None = None
-    ) -> Callable[[Callable[..., Any]], ThreadPrimitive[Any, Any]]: ...
+    def thread_step(*, name: str | None = None, idempotent: bool | None = None) -> _ThreadStepDecorator: ...
     def thread_step(func: Any = None, **options: Any) -> Any:
         """Make a plain function a step that runs on a thread of the loop's pool."""
 else:

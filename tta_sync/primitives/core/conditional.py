@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tta_sync.context import WorkflowContext
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 
 
 class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
@@ -23,7 +23,12 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
     Source: TTA.dev's ConditionalPrimitive, with async conditions awaited.
     """
 
-    def __init__(self, condition: Callable[..., Any], then_primitive: Any, else_primitive: Any = None) -> None:
+    def __init__(
+        self,
+        condition: Callable[..., Any],
+        then_primitive: StepLike[In, Out],
+        else_primitive: StepLike[In, Out] | None = None,
+    ) -> None:
         self.condition = condition
         self._decide = as_primitive(condition)._run
         self.then_primitive: WorkflowPrimitive[In, Out] = as_primitive(then_primitive)

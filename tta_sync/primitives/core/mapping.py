@@ -8,7 +8,7 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.branches import run_windowed
 from tta_sync.primitives.core.parallel import OnError, check_concurrency, check_on_error
 
@@ -30,7 +30,7 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
         TypeError: the input is no collection of items.
     """
 
-    def __init__(self, step: Any, *, max_concurrency: int = 10, on_error: OnError = "raise") -> None:
+    def __init__(self, step: StepLike[In, Out], *, max_concurrency: int = 10, on_error: OnError = "raise") -> None:
         self.step: WorkflowPrimitive[In, Out] = as_primitive(step)
         if max_concurrency is None:
             raise ConfigurationError("max_concurrency is a number of items; the items may be any number")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, is_step, step_name
+from tta_sync.primitives.core.base import Foreign, In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
 
@@ -46,7 +46,11 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
     """
 
     def __init__(
-        self, primitives: Sequence[Any], *, max_concurrency: int | None = None, on_error: OnError = "raise"
+        self,
+        primitives: Sequence[StepLike[Any, Any]],
+        *,
+        max_concurrency: int | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         self.branches: tuple[WorkflowPrimitive[Any, Any], ...] = tuple(map(as_primitive, primitives))
         if not self.branches:
@@ -67,8 +71,24 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         """Build ``left | right``; a parallel without options of its own takes the other's branches in."""
         return cls([*_open_branches(left), *_open_branches(right)])
 
-    def __or__(self, other: Any) -> ParallelPrimitive[In, Any]:
-        return ParallelPrimitive.join(self, other) if is_step(other) else NotImplemented
+    if TYPE_CHECKING:
+        # A parallel grows: `a | b | c` has three results, not a list in a list.
+
+        @overload  # type: ignore[override]
+        def __or__(self, other: WorkflowPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(
+            self, other: Callable[[In, WorkflowContext], Awaitable[Next]]
+        ) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In], Awaitable[Next]]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In, WorkflowContext], Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Callable[[In], Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
+        def __or__(self, other: Foreign) -> ParallelPrimitive[In, Any]: ...
+        def __or__(self, other: Any) -> Any: ...
 
     @property
     def primitives(self) -> list[WorkflowPrimitive[Any, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError, NoRouteError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 
 
 class SwitchPrimitive(WorkflowPrimitive[In, Out]):
@@ -24,7 +24,12 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     Source: TTA.dev's SwitchPrimitive.
     """
 
-    def __init__(self, selector: Callable[..., Any], cases: Mapping[Any, Any], default: Any = None) -> None:
+    def __init__(
+        self,
+        selector: Callable[..., Any],
+        cases: Mapping[Any, StepLike[In, Out]],
+        default: StepLike[In, Out] | None = None,
+    ) -> None:
         self.selector = selector
         self._select = as_primitive(selector)._run
         self.cases: dict[Any, WorkflowPrimitive[In, Out]] = {key: as_primitive(case) for key, case in cases.items()}
@@ -66,7 +71,9 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     Source: TTA.dev's RouterPrimitive.
     """
 
-    def __init__(self, routes: Mapping[Any, Any], router_fn: Callable[..., Any], default: Any = None) -> None:
+    def __init__(
+        self, routes: Mapping[Any, StepLike[In, Out]], router_fn: Callable[..., Any], default: Any = None
+    ) -> None:
         if not routes:
             raise ConfigurationError("a router needs at least one route")
         if default is not None and default not in routes:

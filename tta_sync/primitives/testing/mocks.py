@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import WorkflowPrimitive, takes_context
+from tta_sync.primitives.core.base import WorkflowPrimitive, calling_form
 
 
 class MockPrimitive(WorkflowPrimitive[Any, Any]):
@@ -65,7 +65,8 @@ class MockPrimitive(WorkflowPrimitive[Any, Any]):
             return answer
         if _is_error(effect):
             raise effect
-        result = effect(data, context) if takes_context(effect) else effect(data)  # type: ignore[operator, arg-type]
+        function, takes_context = calling_form(effect)  # type: ignore[arg-type]  # all else is dealt with above
+        result = function(data, context) if takes_context else function(data)
         return await result if inspect.isawaitable(result) else result
 
     @property

@@ -1,0 +1,85 @@
+"""Checked, never run: each reveal_type stands above the type that it must reveal."""
+
+from functools import partial
+from typing import Any
+
+from tta_sync import WorkflowContext, step
+from tta_sync.primitives import (
+    ConditionalPrimitive,
+    MapPrimitive,
+    ParallelPrimitive,
+    RouterPrimitive,
+    SequentialPrimitive,
+    SwitchPrimitive,
+    WorkflowPrimitive,
+)
+
+
+@step
+async def parse(data: str, context: WorkflowContext) -> int:
+    return int(data)
+
+
+@step
+async def half(data: int) -> float:
+    return data / 2
+
+
+@step
+def show(data: float) -> str:
+    return str(data)
+
+
+async def double(data: int) -> int:
+    return data * 2
+
+
+def words(data: str, context: WorkflowContext) -> list[str]:
+    return data.split()
+
+
+class Upper(WorkflowPrimitive[str, str]):
+    async def execute(self, data: str, context: WorkflowContext) -> str:
+        return data.upper()
+
+
+class Foreign:
+    async def execute(self, data: Any, context: Any) -> Any:
+        return data
+
+
+async def check(context: WorkflowContext) -> None:
+    reveal_type(parse)  # LambdaPrimitive[str, int]
+    reveal_type(half)  # LambdaPrimitive[int, float]
+    reveal_type(show)  # LambdaPrimitive[float, str]
+    reveal_type(parse >> half)  # SequentialPrimitive[str, float]
+    reveal_type(Upper() >> parse >> half >> show)  # SequentialPrimitive[str, str]
+    reveal_type(parse >> double)  # SequentialPrimitive[str, int]
+    reveal_type(Upper() >> words)  # SequentialPrimitive[str, list[str]]
+    reveal_type(words >> step(len))  # SequentialPrimitive[str, int]
+    reveal_type(parse >> Foreign())  # SequentialPrimitive[str, Any]
+    reveal_type(parse | Upper())  # ParallelPrimitive[str, int | str]
+    reveal_type(half | double)  # ParallelPrimitive[int, float | int]
+    reveal_type(parse | Upper() | words)  # ParallelPrimitive[str, int | str | list[str]]
+    reveal_type(await (parse >> half).execute("4", context))  # float
+    reveal_type(await (parse | Upper()).execute("4", context))  # list[int | str]
+    reveal_type((parse >> half).run_sync("4"))  # float
+    reveal_type(double >> half)  # SequentialPrimitive[int, float]
+    reveal_type(words | Upper())  # ParallelPrimitive[str, list[str] | str]
+    reveal_type(Foreign() >> Upper())  # SequentialPrimitive[Any, str]
+    reveal_type(partial(double) >> half)  # SequentialPrimitive[Any, float]
+    reveal_type(SequentialPrimitive([parse, half]))  # SequentialPrimitive[Any, Any]
+    reveal_type(MapPrimitive(half))  # MapPrimitive[int, float]
+    reveal_type(MapPrimitive(double))  # MapPrimitive[Any, Any]
+    reveal_type(ParallelPrimitive([parse, Upper()]))  # MapPrimitive[Any, Any]
+    reveal_type(ConditionalPrimitive(bool, parse))
+    reveal_type(SwitchPrimitive(str, {"a": parse}))
+    reveal_type(RouterPrimitive({"a": parse}, str) >> half)
+    parse >> MapPrimitive(half)  # error
+    parse >> parse  # error
+    half >> Upper()  # error
+    Upper() >> half  # error
+    double >> Upper()  # error
+    Upper() >> double  # error
+    show | parse  # error
+    show | words  # error
