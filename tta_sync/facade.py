@@ -32,6 +32,7 @@ from tta_sync.runtime import generation
 from tta_sync.runtime.call import register_interrupt
 from tta_sync.runtime.loop import Counters, ManagedLoop, managed_loop_of
 from tta_sync.runtime.resources import OpenResources, Resource
+from tta_sync.runtime.streaming import Pipe, Stream
 
 if TYPE_CHECKING:
     from tta_sync.context import Workflow
@@ -42,6 +43,7 @@ __all__ = [
     "SyncFacade",
     "call_sync",
     "default_facade",
+    "iterate_sync",
     "register_interrupt",
     "resource",
     "run_on_caller",
@@ -200,11 +202,15 @@ class SyncFacade:
         caller_context = contextvars.copy_context()
         caller_context.run(running_context.set, context)
         if deadline is None or (own_deadline is not None and own_deadline.at == deadline):
-            return self._hop(loop, fn, (data, context), None, name, deadline, limit, caller_context)
+            return loop.conduct(
+                loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context), self.max_in_flight
+            )
         # The steps must see this call's limit; a context that is used for another call afterwards must not.
         context.deadline = Deadline(deadline, limit)
         try:
-            return self._hop(loop, fn, (data, context), None, name, deadline, limit, caller_context)
+            return loop.conduct(
+                loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context), self.max_in_flight
+            )
         finally:
             context.deadline = own_deadline
 
@@ -230,8 +236,69 @@ class SyncFacade:
         current = current_context()
         deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
         name = getattr(async_fn, "__qualname__", None)
-        result: T = self._hop(loop, async_fn, args, keywords, name, deadline, limit, contextvars.copy_context())
+        call = loop.new_call(async_fn, args, keywords, name, deadline, limit, contextvars.copy_context())
+        result: T = loop.conduct(call, self.max_in_flight)
         return result
+
+    def iterate_sync(
+        self,
+        source: Any,
+        /,
+        *args: Any,
+        buffer: int = 16,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        **keywords: Any,
+    ) -> Stream[Any]:
+        """Iterate an async generator from synchronous code.
+
+        Args:
+            source: an async generator function, called with *args* and *keywords*; or a StreamingPrimitive, called with
+                ``(data, context=None)``.
+            buffer: how many items the generator may run ahead of the consumer.
+            timeout: seconds for the whole stream.
+            item_timeout: seconds to wait for one item.
+
+        Closing the iterator, dropping it, or interrupting its ``next()`` closes the generator on the loop.
+
+        Raises:
+            DeadlineExceededError: from ``next()``, when either time has run out.
+            SaturatedError, LoopUnavailableError: as for :meth:`call_sync`.
+        """
+        loop = self._loop
+        if loop is None or loop.generation != generation.current.number or loop.dead:
+            loop = self._start()
+        name = step_name(source)
+        if get_ident() == loop.ident or _get_running_loop() is not None:
+            self._refuse(loop, name)
+        if buffer < 1:
+            raise ConfigurationError(f"buffer is {buffer}: the generator must be allowed at least 1 item ahead")
+        if item_timeout is not None and item_timeout <= 0:
+            raise ConfigurationError(f"item_timeout is {item_timeout}: give seconds above 0, or None for no limit")
+        caller_context = contextvars.copy_context()
+        if isinstance(source, WorkflowPrimitive):
+            stream = getattr(source, "stream", None)
+            if stream is None:
+                raise TypeError(f"{source!r} does not stream: iterate_sync takes a StreamingPrimitive; use run_sync")
+            data, context = _stream_arguments(args, keywords)
+            deadline, limit = self._deadline(timeout, context.deadline)
+            if deadline is not None and (context.deadline is None or context.deadline.at != deadline):
+                context.deadline = Deadline(deadline, limit)
+            caller_context.run(running_context.set, context)
+            args, keywords = (data, context), {}
+        else:
+            stream = source
+            if not callable(stream):
+                if hasattr(stream, "__aiter__"):
+                    given = stream
+                    stream = lambda: given  # noqa: E731  # an async generator that was called already
+                else:
+                    raise TypeError(f"iterate_sync takes an async generator function, not {source!r}")
+            current = current_context()
+            deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
+        pipe: Pipe[Any] = Pipe(stream, buffer)
+        call = loop.new_call(pipe.pump, args, keywords, name, deadline, limit, caller_context)
+        return Stream(loop, pipe, call, item_timeout, self.max_in_flight)
 
     def resource(self, factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:
         """Promise a loop-bound object that is opened once per process and closed at shutdown.
@@ -240,19 +307,6 @@ class SyncFacade:
         in a forked child; a factory that fails is tried again at the next use.
         """
         return Resource(factory, _opened_here)
-
-    def _hop(
-        self,
-        loop: ManagedLoop,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        keywords: dict[str, Any] | None,
-        name: str | None,
-        deadline: float | None,
-        limit: float | None,
-        context: contextvars.Context,
-    ) -> Any:
-        return loop.run(fn, args, keywords, name, deadline, limit, context, self.max_in_flight)
 
     def _deadline(self, timeout: float | None, own: Deadline | None) -> tuple[float | None, float | None]:
         """Return the call's deadline on ``time.monotonic()`` and its length, both None without a limit."""
@@ -366,6 +420,17 @@ def _not_a_function(name: str, given: object) -> TypeError:
     return TypeError(f"{name} takes a coroutine function, not {given!r}")
 
 
+def _stream_arguments(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, WorkflowContext]:
+    if len(args) > 2:
+        raise TypeError("a StreamingPrimitive takes (data, context=None)")
+    data = args[0] if args else keywords.pop("data", None)
+    context = args[1] if len(args) > 1 else keywords.pop("context", None)
+    if context is None and not isinstance(data, WorkflowContext):
+        current = current_context()
+        context = WorkflowContext() if current is None else current.next_call()
+    return sort_arguments(data, context, keywords)
+
+
 def _opened_here() -> OpenResources | None:
     managed = managed_loop_of(asyncio.get_running_loop())
     return None if managed is None else managed.resources
@@ -429,6 +494,21 @@ def run_sync(
 def call_sync(async_fn: Callable[..., Awaitable[T]], /, *args: Any, timeout: float | None = None, **keywords: Any) -> T:
     """Call a coroutine function on the default facade: :meth:`SyncFacade.call_sync`."""
     return _default.call_sync(async_fn, *args, timeout=timeout, **keywords)
+
+
+def iterate_sync(
+    source: Any,
+    /,
+    *args: Any,
+    buffer: int = 16,
+    timeout: float | None = None,
+    item_timeout: float | None = None,
+    **keywords: Any,
+) -> Stream[Any]:
+    """Iterate an async generator on the default facade: :meth:`SyncFacade.iterate_sync`."""
+    return _default.iterate_sync(
+        source, *args, buffer=buffer, timeout=timeout, item_timeout=item_timeout, **keywords
+    )
 
 
 def resource(factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:

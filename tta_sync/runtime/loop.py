@@ -32,6 +32,7 @@ from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call, new_lock
 from tta_sync.runtime.frames import forget_earlier_raises, innermost_user_frame, place, running_frame, user_frame
 from tta_sync.runtime.pool import DaemonPool
 from tta_sync.runtime.resources import OpenResources
+from tta_sync.runtime.streaming import Stream
 from tta_sync.runtime.watchdog import Watchdog
 
 logger = logging.getLogger("tta_sync")
@@ -229,7 +230,7 @@ class ManagedLoop:
 
     # ---- the caller's side --------------------------------------------------------------------------------------------
 
-    def run(
+    def new_call(
         self,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
@@ -238,9 +239,8 @@ class ManagedLoop:
         deadline: float | None,
         limit: float | None,
         context: contextvars.Context,
-        max_in_flight: int | None = None,
-    ) -> Any:
-        """Run ``fn(*args, **keywords)`` on the loop, in *context*, and wait for it: on the caller's thread."""
+    ) -> Call:
+        """Make the call of ``fn(*args, **keywords)`` in *context*, for the current thread to wait for."""
         call = Call()
         call.fn = fn
         call.args = args
@@ -254,34 +254,41 @@ class ManagedLoop:
         call.started = time.monotonic()
         call.result = call.error = call.task = call.timer = call.work = call.why = None
         call.began = call.done = call.left = False
+        call.lock = self.thread_lock()
+        context.run(current_caller.set, call)
+        return call
+
+    def thread_lock(self) -> Any:
+        """Return the lock on which the current thread waits, for whichever call."""
         local = self._local
         try:
-            lock = local.lock
+            return local.lock
         except AttributeError:
-            lock = local.lock = self._new_lock()
-        call.lock = lock
-        context.run(current_caller.set, call)
+            local.lock = self._new_lock()
+            return local.lock
+
+    def conduct(self, call: Call, max_in_flight: int | None) -> Any:
+        """Send *call* to the loop, wait for it, and return its result: on the caller's thread."""
+        lock = call.lock
+        deadline = call.deadline
         calls = self.calls
         try:
             calls.add(call)
             if max_in_flight is not None or self.refusing:
-                self._admit(call, max_in_flight)
+                self.admit(call, max_in_flight)
             try:
-                self._queue.append(call)
-                if not self._armed:
-                    self._armed = True  # many callers share one ring
-                    self._ring()
+                self.submit(call)
                 wait = FIRST_WAIT if deadline is None or deadline - call.started > FIRST_WAIT else 0.0
                 while True:
                     lock.acquire(True, wait)
                     if call.done:
                         break
-                    wait = self._look(call)
+                    wait = self.look(call)
                     if wait == 0.0:
                         break
             except BaseException:
                 # RQ's SIGALRM, Ctrl-C, SystemExit: whatever is raised in the wait ends the call and comes out as itself.
-                self._abandon(call)
+                self.abandon(call)
                 raise
         finally:
             call.left = True
@@ -292,11 +299,18 @@ class ManagedLoop:
         if error is None and call.why is None:
             return call.result
         try:
-            raise self._failure(call, error)
+            raise self.failure(call, error)
         finally:
             call.error = error = None  # the traceback holds this frame: no cycle
 
-    def _admit(self, call: Call, limit: int | None) -> None:
+    def submit(self, call: Call) -> None:
+        """Queue *call* and wake the loop. The caller looks after FIRST_WAIT whether it has begun."""
+        self._queue.append(call)
+        if not self._armed:
+            self._armed = True  # many callers share one ring
+            self._ring()
+
+    def admit(self, call: Call, limit: int | None) -> None:
         """Refuse *call*, which is in ``calls`` already, where the loop is closing or enough others came before it."""
         if self.refusing:
             raise LoopUnavailableError("this facade was shut down: it takes no more calls")
@@ -307,7 +321,7 @@ class ManagedLoop:
             if before + len(self.orphans) >= limit:
                 raise SaturatedError(limit)
 
-    def _failure(self, call: Call, error: BaseException | None) -> BaseException:
+    def failure(self, call: Call, error: BaseException | None) -> BaseException:
         """Return what the caller is to be told. A result that came after the deadline is as good as none."""
         if call.why == DEADLINE:
             if isinstance(error, DeadlineExceededError):
@@ -321,7 +335,7 @@ class ManagedLoop:
         assert error is not None
         return error
 
-    def _look(self, call: Call) -> float:
+    def look(self, call: Call) -> float:
         """Do what there is to do while *call* is not done; return how long to wait next: -1 for ever, 0 to leave."""
         if call.work:
             call.serve()
@@ -338,32 +352,36 @@ class ManagedLoop:
             remaining = call.deadline - time.monotonic()
             if remaining <= 0 and call.why is None:
                 call.why = DEADLINE
-                self.post(self._cancel, call)
+                self.post(self.cancel, call)
             if call.why is not None:
                 remaining += self.grace
                 if remaining <= 0:
-                    self._leave_orphan(call, "its deadline has passed")
+                    self.leave_orphan(call, "its deadline has passed")
                     return 0.0
             wait = remaining if wait < 0 else min(wait, remaining)
         return wait
 
-    def _abandon(self, call: Call) -> None:
-        """Cancel *call* and give it the grace to clean up. A second interrupt in here ends the grace and comes out."""
+    def abandon(self, call: Call, why: str = INTERRUPTED) -> BaseException | None:
+        """Cancel *call*, give it the grace to clean up, and return what it ended with.
+
+        A second interrupt in here ends the grace and comes out.
+        """
         if call.why is None:
-            call.why = INTERRUPTED
-        self.post(self._cancel, call)
+            call.why = why
+        self.post(self.cancel, call)
         end = time.monotonic() + self.grace
         while not call.done:
             if call.work:
                 call.refuse_work()  # no user code runs here after the caller was told to stop
             remaining = end - time.monotonic()
             if remaining <= 0 or self.dead:
-                self._leave_orphan(call, "its caller was interrupted")
+                self.leave_orphan(call, "its caller gave it up")
                 break
             call.lock.acquire(True, min(remaining, 0.1))
-        call.error = None
+        error, call.error = call.error, None
+        return error
 
-    def _leave_orphan(self, call: Call, reason: str) -> None:
+    def leave_orphan(self, call: Call, reason: str) -> None:
         self.orphans.add(call)
         if call.done:  # it ended just now
             self.orphans.discard(call)
@@ -384,7 +402,7 @@ class ManagedLoop:
         frame = None
         if task is not None:
             frame = innermost_user_frame(task.get_coro())
-        if frame is None or task is asyncio.tasks._current_tasks.get(self.loop):  # type: ignore[attr-defined]
+        if frame is None or task is asyncio.current_task(self.loop):
             frame = user_frame(running_frame(self.ident)) or frame
         return place(frame)
 
@@ -444,7 +462,7 @@ class ManagedLoop:
         if call.left:
             self.orphans.discard(call)
 
-    def _cancel(self, call: Call) -> None:
+    def cancel(self, call: Call) -> None:
         self._drain()  # it may still be in the queue
         if call.done:
             return
@@ -456,7 +474,7 @@ class ManagedLoop:
             call.cancel()
 
 
-BOUNDARIES = frozenset({ManagedLoop.run.__code__})
+BOUNDARIES = frozenset({ManagedLoop.conduct.__code__, Stream.__next__.__code__, Stream.close.__code__})
 DETOURS = frozenset({Call.serve.__code__, DaemonPool.work.__code__})
 
 
