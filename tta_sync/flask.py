@@ -5,13 +5,14 @@ In a blueprint that is dropped into somebody's application::
     bp = Blueprint("summaries", __name__)
     tta = TTASync(bp)
 
+
     @bp.post("/api/summaries")
     @tta.workflow(flow, load=SummaryRequest, dump=SummaryResponse)
     def summarise(result):
         return result
 
-``app.register_blueprint(bp)`` is all that the application does. ``TTASync(app)``, or ``init_app``, is for an application of
-one's own. Nothing is kept outside ``app.extensions["tta_sync"]``, ``app.config`` and the request.
+``app.register_blueprint(bp)`` is all that the application does. ``TTASync(app)``, or ``init_app``, is for an application
+of one's own. Nothing is kept outside ``app.extensions["tta_sync"]``, ``app.config`` and the request.
 
 Settings, in ``app.config``:
 
@@ -76,7 +77,7 @@ class UnitOfWork(Protocol):
     def run(self, fn: Callable[..., T], /, *args: Any, **keywords: Any) -> T: ...
 
 
-# ---- problems ----------------------------------------------------------------------------------------------------------
+# ---- problems --------------------------------------------------------------------------------------------------------
 
 _TABLE: dict[str, tuple[int, str, str | None]] = {
     # By name, so that nobody imports marshmallow or SQLAlchemy who does not use them: status, code, what may be said.
@@ -166,8 +167,8 @@ def _printable(text: object) -> str:
 def flatten_errors(errors: Mapping[Any, Any]) -> dict[str, list[str]]:
     """Bring nested messages to ``{field: [messages]}``.
 
-    A field inside a list or an object gets a dotted path (``documents.3.text``); an item of a list of plain values is named
-    in the message instead (``tasks``: "Item 1: ..."), so that every key is a field's.
+    A field inside a list or an object gets a dotted path (``documents.3.text``); an item of a list of plain values is
+    named in the message instead (``tasks``: "Item 1: ..."), so that every key is a field's.
     """
     flat: dict[str, list[str]] = {}
     for path, message in _leaves(errors):
@@ -191,7 +192,7 @@ def _leaves(errors: Mapping[Any, Any]) -> Iterator[tuple[list[Any], Any]]:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, Mapping):
-            waiting.extend(([*path, key], inner) for key, inner in reversed(value.items()))
+            waiting.extend(([*path, key], inner) for key, inner in reversed(list(value.items())))
         elif isinstance(value, (list, tuple, set)):
             for message in value:
                 yield list(path), message
@@ -199,12 +200,15 @@ def _leaves(errors: Mapping[Any, Any]) -> Iterator[tuple[list[Any], Any]]:
             yield list(path), value
 
 
-# ---- the request -------------------------------------------------------------------------------------------------------
+# ---- the request -----------------------------------------------------------------------------------------------------
 
 
 class _Request:
-    """What one request is known by. It stands in the WSGI environment: a test that holds an application context open over
-    two requests shares ``flask.g`` between them, and must not share this."""
+    """What one request is known by.
+
+    It stands in the WSGI environment: a test that holds an application context open over two requests shares ``flask.g``
+    between them, and must not share this.
+    """
 
     __slots__ = ("_context", "_id", "arrived")
 
@@ -252,7 +256,7 @@ def _request_context() -> WorkflowContext | None:
     return None
 
 
-# ---- strict JSON -------------------------------------------------------------------------------------------------------
+# ---- strict JSON -----------------------------------------------------------------------------------------------------
 
 _SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
@@ -281,7 +285,7 @@ _decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite
 def parse_json(body: bytes, max_depth: int = 100) -> Any:
     """Parse *body* as RFC 8259 has it, UTF-8 and nothing else.
 
-    NaN and Infinity, numbers too large to hold, an object that names a member twice (which parsers read differently, and
+    NaN and Infinity, numbers too large to hold, an object that names a member twice (parsers read it differently, and
     attackers know it) and nesting deeper than *max_depth* are refused.
 
     Raises:
@@ -356,7 +360,7 @@ def _check(text: str, path: tuple[Any, ...], errors: dict[str, list[str]], neste
         errors.setdefault(field, []).extend(messages)
 
 
-# ---- the extension -----------------------------------------------------------------------------------------------------
+# ---- the extension ---------------------------------------------------------------------------------------------------
 
 
 class _State:
@@ -381,9 +385,7 @@ class _State:
         if endpoint is None:
             return False
         view = current_app.view_functions.get(endpoint)
-        return hasattr(view, "tta_workflow") or any(
-            endpoint.startswith(f"{name}.") for name in self.blueprints
-        )
+        return hasattr(view, "tta_workflow") or any(endpoint.startswith(f"{name}.") for name in self.blueprints)
 
     def own_handler(self, error: Exception, ours: bool) -> Callable[[Any], Any] | None:
         """Return the handler that the application itself has for *error*, however general, looked up as Flask does.
@@ -393,7 +395,7 @@ class _State:
         """
         spec = current_app.error_handler_spec
         http = isinstance(error, HTTPException)
-        for code in (error.code, None) if http else (None,):  # type: ignore[union-attr]
+        for code in (error.code, None) if isinstance(error, HTTPException) else (None,):
             for name in (*request.blueprints, None):
                 handlers = spec.get(name, {}).get(code, {})
                 for cls in type(error).__mro__:
@@ -519,8 +521,8 @@ class TTASync:
 
     Args:
         target: the :class:`flask.Flask` or the :class:`flask.Blueprint`; or none, and :meth:`init_app` later.
-        problems: which errors leave as problem details. "auto": all but those for which the application has a page of its
-            own and those of a client that asks for HTML. "app": all. "blueprint": those of decorated views and of the
+        problems: which errors leave as problem details. "auto": all but those for which the application has a page of
+            its own and those of a client that asks for HTML. "app": all. "blueprint": those of decorated views and of the
             blueprints given to :meth:`init_blueprint`. These two are always included.
         unit_of_work: what each decorated view's workflow runs in, ``tta_sync.sqlalchemy.unit_of_work(Session)`` say.
 
@@ -560,7 +562,7 @@ class TTASync:
                 blueprint.register_error_handler(code, _on_error)
         blueprint.register_error_handler(HTTPException, _on_error)
         blueprint.register_error_handler(Exception, _on_error)
-        blueprint.record(lambda setup: self._join(setup.app).blueprints.add(_registered_name(setup)))
+        blueprint.record(lambda setup: self._join(cast(Flask, setup.app)).blueprints.add(_registered_name(setup)))
 
     def map_error(self, error: type[Exception], status: int, code: str, detail: str | None = None) -> None:
         """Answer *error* with *status* and *code*; before ``init_app``."""
@@ -669,7 +671,7 @@ def _answer(error: Exception) -> Any:
         _async_wrapper=current_app.ensure_sync,
         exception=error,
     )
-    current_app.log_exception(sys.exc_info())  # type: ignore[arg-type]
+    current_app.log_exception(sys.exc_info())
     return Problem(500)
 
 
@@ -711,11 +713,7 @@ def _query(schema: Schema) -> dict[str, Any]:
     """Return the query string as data: a list where the schema's field is one, else the single value."""
     from marshmallow.fields import List
 
-    lists = {
-        field.data_key or name
-        for name, field in getattr(schema, "fields", {}).items()
-        if isinstance(field, List)
-    }
+    lists = {field.data_key or name for name, field in getattr(schema, "fields", {}).items() if isinstance(field, List)}
     data: dict[str, Any] = {}
     for name, values in request.args.lists():
         if name in lists:
@@ -723,7 +721,9 @@ def _query(schema: Schema) -> dict[str, Any]:
         elif len(values) == 1:
             data[name] = values[0]
         else:
-            raise Problem(422, "validation_error", "Some fields are not valid.", errors={name: ["Given more than once."]})
+            raise Problem(
+                422, "validation_error", "Some fields are not valid.", errors={name: ["Given more than once."]}
+            )
     return data
 
 

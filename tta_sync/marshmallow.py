@@ -6,7 +6,7 @@ What comes from outside is loaded before a workflow exists: ``tta_sync.flask`` a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from marshmallow import Schema, ValidationError, fields
 
@@ -78,11 +78,11 @@ def dump_step(schema: Schema | type[Schema], *, many: bool | None = None, name: 
 class SafeString(fields.String):
     """A string that PostgreSQL, UTF-8 and other people's parsers can hold: no NUL, no lone surrogate.
 
-    Both are legal in JSON (``"\\\\u0000"``, ``"\\\\ud800"``) and fail only later: PostgreSQL refuses NUL in text, and a lone
-    surrogate has no UTF-8 form.
+    Both are legal in JSON (``"\\\\u0000"``, ``"\\\\ud800"``) and fail only later: PostgreSQL refuses NUL in text, and a
+    lone surrogate has no UTF-8 form.
     """
 
-    default_error_messages = {
+    default_error_messages: ClassVar[dict[str, str]] = {
         "nul": "Contains a NUL character.",
         "surrogate": "Contains a lone surrogate, which is not a character.",
     }

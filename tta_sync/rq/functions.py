@@ -62,8 +62,8 @@ class JobFunction(Protocol):
 
         Args:
             data: plain JSON types, as the load schema takes them.
-            context: what travels with the job, its deadline included; by default the id, trace and tenant of the current
-                request or job travel, and its deadline does not: the one who asked does not wait.
+            context: what travels with the job, its deadline included; by default the id, trace and tenant of the
+                current request or job travel, and its deadline does not: the one who asked does not wait.
             deadline: when the job must have ended, in the queue or out of it; seconds from now, or a Deadline.
             job_id: letters, digits, underscores and dashes.
             connection: another Redis than the function's.
@@ -184,7 +184,8 @@ class _Job:
             json.dumps(data)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"{self.name} was given what JSON cannot carry ({error}): enqueue plain types, as the load schema takes them"
+                f"{self.name} was given what JSON cannot carry ({error}): "
+                "enqueue plain types, as the load schema takes them"
             ) from error
 
     def meta(
@@ -255,7 +256,9 @@ class _Job:
         kept = self.meta(context, deadline, meta)
         settings = {**self.options, **options}
         prepared = [
-            Queue.prepare_data(self.name, args=(data,), job_id=job_ids and job_ids[i], meta=kept, **settings)
+            Queue.prepare_data(
+                self.name, args=(data,), job_id=None if job_ids is None else job_ids[i], meta=kept, **settings
+            )
             for i, data in enumerate(batch)
         ]
         return cast("list[WorkflowJob]", self.queue_for(connection).enqueue_many(prepared))
@@ -272,7 +275,7 @@ class _Job:
             try:
                 self.payload(data)
             except ValidationError as error:
-                errors[index] = error.normalized_messages()
+                errors[index] = error.normalized_messages()  # type: ignore[no-untyped-call]
         if errors:
             raise ValidationError(errors)
 
@@ -311,7 +314,8 @@ def workflow_job(
         result_ttl, failure_ttl, ttl: seconds, as in RQ.
         unique: refuse a second job with the same id, or with the same data where no id is given.
         idempotent: the job may be run twice; so says its author.
-        connection: the Redis to use; else the Flask application's ``TTA_REDIS_URL``, else the environment's ``REDIS_URL``.
+        connection: the Redis to use; else the Flask application's ``TTA_REDIS_URL``, else the environment's
+            ``REDIS_URL``.
         unit_of_work: what each run happens in, ``tta_sync.sqlalchemy.unit_of_work(Session)`` say.
 
     Any worker runs it whose serializer is JSON (``rq worker --serializer json``); with ``--job-class

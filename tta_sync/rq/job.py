@@ -133,7 +133,7 @@ def check_result(name: str | None, result: Any) -> None:
         TypeError: JSON cannot carry *result*.
     """
     try:
-        JSONSerializer.dumps(result)
+        JSONSerializer.dumps(result)  # type: ignore[no-untyped-call]
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"{name} returned what JSON cannot carry ({error}): give it a dump= schema, or return plain types"
