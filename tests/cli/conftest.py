@@ -116,7 +116,7 @@ def checkout(tmp_path: Path) -> Path:
 def start_run(
     checkout: Path, tmp_path: Path, free_port: Callable[[], int], eventually: Callable[..., Any]
 ) -> Iterator[Callable[..., Run]]:
-    """``start_run(up=True, **settings)``: start ``tta-sync dev`` in the checkout; what still runs at the end is ended."""
+    """``start_run(up=True, **settings)``: start ``tta-sync dev`` in the checkout; what runs on is ended."""
     runs: list[Run] = []
 
     def start(*, up: bool = True, **settings: str) -> Run:

@@ -232,7 +232,7 @@ def call(method: str, url: str, body: object = None, *, timeout: float) -> tuple
             return error.code, None, _json(error.read())
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise Unreachable(f"{url}: {getattr(reason, 'strerror', None) or reason}") from None
+        raise Unreachable(f"{url}: {_words(getattr(reason, 'strerror', None) or reason)[:200]}") from None
 
 
 def explain(status: int, answer: Any, files: Sequence[str]) -> str:
