@@ -22,14 +22,16 @@ class Deadline:
     """The moment by which a whole call must have ended.
 
     Monotonic inside the process; ``expires_at`` is the same moment on the wall clock, for what crosses to another one.
+    Whoever cancels a call because its deadline has passed sets ``struck`` first: :func:`cancel_reason` reads it.
     """
 
-    __slots__ = ("at", "clock", "seconds")
+    __slots__ = ("at", "clock", "seconds", "struck")
 
     def __init__(self, at: float, seconds: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.at = at  # on clock.monotonic()
         self.seconds = seconds  # what it was set to, for messages
         self.clock = clock
+        self.struck = False
 
     @classmethod
     def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
@@ -263,29 +265,32 @@ running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_conte
 """The context of the workflow that the current task runs; set by the facade inside the task, so it never leaks out."""
 
 class TimeLimit(float):
-    """The moment at which somebody will cut the step that runs now, and whether he has done so.
+    """The moment at which a TimeoutPrimitive will cut the step inside it; ``struck`` is set just before it does.
 
-    A TimeoutPrimitive makes one for its extent; the facade makes one where it enforces a call's deadline. ``outer`` is
-    the limit around it. Whoever cuts sets ``reason``, "timeout" or "deadline", before he cancels the task: so a breaker
-    inside can tell a call that took too long from one that nobody wants any more.
+    ``outer`` is the limit around it.
     """
 
     outer: float | None = None
-    reason: str | None = None
+    struck = False
 
 
 time_limit: ContextVar[float | None] = ContextVar("tta_sync_time_limit", default=None)
 """The earliest moment (``context.clock.monotonic()``) at which somebody will cut this step: a :class:`TimeLimit`."""
 
 
-def cancel_reason() -> str | None:
-    """Say why the running step is being cancelled: "timeout", "deadline", or None for anybody else's cancellation."""
+def cancel_reason(context: WorkflowContext) -> str | None:
+    """Say why the running step is being cancelled: "timeout", "deadline", or None for anybody else's cancellation.
+
+    So a breaker can tell a call that took too long from one that nobody wants any more.
+    """
     limit = time_limit.get()
     while isinstance(limit, TimeLimit):
-        if limit.reason is not None:
-            return limit.reason
+        if limit.struck:
+            return "timeout"
         limit = limit.outer
-    return None
+    deadline = context.deadline
+    return "deadline" if deadline is not None and deadline.struck else None
+
 
 context_providers: list[Callable[[], WorkflowContext | None]] = []
 """Who else may know the current context: tta_sync.flask adds the request's, tta_sync.rq the job's."""

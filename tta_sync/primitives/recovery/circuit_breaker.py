@@ -140,64 +140,79 @@ class CircuitHints(Protocol):
 
 
 class CountWindow:
-    """Counts over the last *size* calls."""
+    """Counts over the last *size* calls: ``calls``, and how many of them were ``failures`` and ``slow``."""
 
     def __init__(self, size: int) -> None:
-        self._calls: deque[tuple[bool, bool]] = deque(maxlen=size)
-        self.failures = 0
-        self.slow = 0
+        self._size = size
+        self._marks: deque[int] = deque(maxlen=size)  # 1 for failed, 2 for slow, 3 for both
+        self.calls = self.failures = self.slow = 0
 
     def add(self, failed: bool, slow: bool, now: float) -> None:
-        calls = self._calls
-        if len(calls) == calls.maxlen:
-            old_failed, old_slow = calls[0]
-            self.failures -= old_failed
-            self.slow -= old_slow
-        calls.append((failed, slow))
-        self.failures += failed
-        self.slow += slow
-
-    def totals(self, now: float) -> tuple[int, int, int]:
-        """Return (calls, failures, slow calls)."""
-        return len(self._calls), self.failures, self.slow
+        """Count a call, and forget the one that it pushes out."""
+        marks = self._marks
+        if self.calls == self._size:
+            old = marks[0]
+            if old:
+                self.failures -= old & 1
+                self.slow -= old >> 1
+        else:
+            self.calls += 1
+        if failed or slow:
+            marks.append(failed + 2 * slow)
+            self.failures += failed
+            self.slow += slow
+        else:
+            marks.append(0)
 
     def clear(self) -> None:
-        self._calls.clear()
-        self.failures = self.slow = 0
+        """Forget all calls."""
+        self._marks.clear()
+        self.calls = self.failures = self.slow = 0
 
 
 BUCKETS = 10
 
 
 class TimeWindow:
-    """Counts over the last *seconds*, in ten buckets: what is counted is between 9/10 and the whole of them old."""
+    """Counts over the last *seconds*, in ten buckets: a call is forgotten at an age between 9/10 and the whole of it.
+
+    ``calls``, ``failures`` and ``slow`` are right as of the last :meth:`add`.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._width = seconds / BUCKETS
-        self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]
         self._newest = 0  # number of the newest bucket since the clock's zero
-
-    def _turn(self, now: float) -> None:
-        number = int(now / self._width)
-        for passed in range(max(self._newest + 1, number - BUCKETS + 1), number + 1):
-            self._buckets[passed % BUCKETS] = [0, 0, 0]
-        self._newest = max(self._newest, number)
+        self._turns_at = -math.inf
+        self.clear()
 
     def add(self, failed: bool, slow: bool, now: float) -> None:
-        self._turn(now)
+        """Count a call, and forget what has grown too old."""
+        if now >= self._turns_at:
+            self._turn(now)
         bucket = self._buckets[self._newest % BUCKETS]
         bucket[0] += 1
-        bucket[1] += failed
-        bucket[2] += slow
+        self.calls += 1
+        if failed or slow:
+            bucket[1] += failed
+            bucket[2] += slow
+            self.failures += failed
+            self.slow += slow
 
-    def totals(self, now: float) -> tuple[int, int, int]:
-        """Return (calls, failures, slow calls)."""
-        self._turn(now)
-        calls, failures, slow = (sum(column) for column in zip(*self._buckets, strict=True))
-        return calls, failures, slow
+    def _turn(self, now: float) -> None:
+        number = int(now // self._width)
+        for passed in range(max(self._newest + 1, number - BUCKETS + 1), number + 1):
+            bucket = self._buckets[passed % BUCKETS]
+            self.calls -= bucket[0]
+            self.failures -= bucket[1]
+            self.slow -= bucket[2]
+            bucket[:] = (0, 0, 0)
+        self._newest = max(self._newest, number)
+        self._turns_at = (self._newest + 1) * self._width
 
     def clear(self) -> None:
+        """Forget all calls."""
         self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]
+        self.calls = self.failures = self.slow = 0
 
 
 def window_of(config: CircuitBreakerConfig) -> CountWindow | TimeWindow | None:
@@ -290,8 +305,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         self._hints = hints
         self._chance = chance or _chance
         self._window = window_of(self.config)
-        # Whether a success in the closed state may pass without taking the lock.
-        self._plain = self._window is None and hints is None
+        self._asks_first = hints is not None or self.config.slow_call_seconds is not None
+        self._window_tells_time = isinstance(self._window, TimeWindow)
         self._inner = self.primitive._run
         self._lock = threading.Lock()
         # All below is guarded by _lock; the fast path reads _generation and _state without it.
@@ -355,7 +370,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         generation = self._generation  # before the state: what changes in between makes the result late, not wrong
         lease = None
         began = 0.0
-        if self._state is not CLOSED or not self._plain:
+        if self._state is not CLOSED or self._asks_first:
             began = context.clock.monotonic()
             generation, lease = self._admit(began, context)
         try:
@@ -363,7 +378,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         except BaseException as error:
             self._ended(error, generation, lease, began, context)
             raise
-        if self._failures or lease is not None or not self._plain:
+        if self._failures or self._window is not None or lease is not None:
             self._ended(None, generation, lease, began, context)
         return result
 
@@ -461,35 +476,36 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     ) -> None:
         """Count how a call ended, unless it is too late to matter."""
         failed = slow = False
-        neutral = False
         if error is not None:
-            cut = isinstance(error, asyncio.CancelledError) and cancel_reason() is not None
-            failed = cut or (isinstance(error, self.config.expected_exception) and not isinstance(error, REJECTIONS))
-            if isinstance(error, asyncio.CancelledError) and not cut:
-                failed = False
-            neutral = not failed
-            slow = cut
-        now = context.clock.monotonic()
+            failed = slow = isinstance(error, asyncio.CancelledError) and cancel_reason(context) is not None
+            if not failed:
+                failed = (
+                    isinstance(error, self.config.expected_exception)
+                    and isinstance(error, Exception)
+                    and not isinstance(error, REJECTIONS)
+                )
+        neutral = error is not None and not failed
         limit = self.config.slow_call_seconds
-        if self._window is not None and limit is not None and not neutral:
-            slow = slow or now - began > limit
+        now = context.clock.monotonic() if limit is not None or self._window_tells_time else 0.0
+        if limit is not None and not neutral and now - began > limit:
+            slow = True
         opened_for = 0.0
         closed = False
         with self._lock:
             if generation != self._generation:
                 return
-            if self._state is HALF_OPEN:
-                if self._leases.pop(lease, None) is None:
-                    return
+            if self._state is CLOSED:
+                if not neutral:
+                    opened_for = self._count(error, failed, slow, now, context)
+            elif self._leases.pop(lease, None) is not None:
                 if failed:
-                    opened_for = self._open_after(error, now, context)
+                    self._failures += 1
+                    opened_for = self._open_after(error, context)
                 elif not neutral:
                     self._successes += 1
                     if self._successes >= self.config.success_threshold:
                         self._close()
                         closed = True
-            elif self._state is CLOSED and not neutral:
-                opened_for = self._count(error, failed, slow, now, context)
         if opened_for:
             self._tell_opened(opened_for, error, context)
         elif closed:
@@ -501,27 +517,22 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         """Count a call of the closed state; return the seconds for which the circuit has opened, 0.0 if it has not."""
         window = self._window
         if window is None:
-            if not failed:
-                self._failures = 0
-                return 0.0
-            self._failures += 1
+            self._failures = self._failures + 1 if failed else 0
             opens = self._failures >= self.config.failure_threshold
         else:
             window.add(failed, slow, now)
-            calls, self._failures, slow_calls = window.totals(now)
-            opens = trips(self.config, calls, self._failures, slow_calls)
-        if not opens:
-            return 0.0
-        self._failures -= 1 if failed else 0  # _open_after counts this one
-        return self._open_after(error, now, context)
+            self._failures = window.failures
+            opens = (window.failures > 0 or window.slow > 0) and trips(
+                self.config, window.calls, window.failures, window.slow
+            )
+        return self._open_after(error, context) if opens else 0.0
 
-    def _open_after(self, error: BaseException | None, now: float, context: WorkflowContext) -> float:
+    def _open_after(self, error: BaseException | None, context: WorkflowContext) -> float:
         asked = 0.0 if error is None or self._window is None else retry_after_of(error, context.clock.time)
         seconds = break_for(self.config, self._opened, asked, self._chance)
         if error is not None:
-            self._failures += 1
-            self._last_error = error if isinstance(error, Exception) else None
-        self._open(now + seconds)
+            self._last_error = error
+        self._open(context.clock.monotonic() + seconds)
         return seconds
 
     def _open(self, until: float) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import heapq
+import itertools
 import math
+import threading
 import types
+import weakref
 from collections.abc import Generator
 from types import CoroutineType
 from typing import Any, NoReturn
 
 from tta_sync import events
-from tta_sync.clock import Clock, Timer
-from tta_sync.context import TimeLimit, WorkflowContext, time_limit
+from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
+from tta_sync.context import Deadline, TimeLimit, WorkflowContext, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition, inside
@@ -96,39 +101,42 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         clock = context.clock
         now = clock.monotonic()
-        at = now + self.timeout_seconds
+        at: float = now + self.timeout_seconds
         outer = time_limit.get()
         deadline = context.deadline
-        own = True
-        if deadline is not None and deadline.at < at:
-            if deadline.at <= now:
-                deadline.raise_exceeded()
+        if deadline is None or at <= deadline.at:
+            deadline = None
+        elif deadline.at <= now:
+            deadline.raise_exceeded()
+        else:
             at = deadline.at
-            own = False
         if outer is not None and outer <= at:
             if outer <= now:
                 raise StepTimeoutError(step_name(self.primitive), 0.0, "the limit around it had already passed")
             return await self._inner(data, context)  # whoever set that limit cuts first
+        if deadline is None:  # else the steps inside see it already
+            at = TimeLimit(at)
+            if outer is not None:
+                at.outer = outer
+            time_limit.set(at)
 
-        limit = TimeLimit(at)
-        if outer is not None:
-            limit.outer = outer
-        time_limit.set(limit)
         coroutine: Any = self._inner(data, context)
         if type(coroutine) is not CoroutineType:
             coroutine = _as_coroutine(coroutine)
         driver: _Driver | None = None
         cause: BaseException | None = None
-        timed_out: StepTimeoutError | None = None
         try:
             try:
                 # A step that never waits needs no timer: nothing could fire while it runs.
-                first = coroutine.send(None)
+                waited = coroutine.send(None)
             except StopIteration as stop:
                 result: Out = stop.value
             else:
-                driver = _Driver(coroutine, first, limit, clock, "timeout" if own else "deadline")
-                result = await driver
+                driver = _Driver(coroutine, waited, clock, at, deadline)
+                try:
+                    result = await driver
+                finally:
+                    driver.end()
             if clock.monotonic() < at and (driver is None or not driver.fired):
                 return result
         except BaseException as error:
@@ -136,23 +144,37 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 raise
             cause = error
         finally:
-            # Not reset(token): a step that is left behind ends in another context than it began in.
-            time_limit.set(outer)
-            if driver is not None:
-                driver.timer.cancel()
+            if deadline is None:
+                # Not reset(token): a step that is left behind ends in another context than it began in.
+                time_limit.set(outer)
         try:
-            if driver is not None and driver.fired and driver.task.uncancel() > driver.cancelling:
+            return await self._cut(data, context, driver, deadline, cause)
+        finally:
+            cause = None  # its frames lead back to this one
+
+    async def _cut(
+        self,
+        data: In,
+        context: WorkflowContext,
+        driver: _Driver | None,
+        deadline: Deadline | None,
+        cause: BaseException | None,
+    ) -> Out:
+        """Say that the step took too long, or let the fallback answer."""
+        fired = driver is not None and driver.fired
+        error: StepTimeoutError | None = None
+        try:
+            if driver is not None and fired and driver.task.uncancel() > driver.cancelling:
                 # Somebody else has cancelled as well, and that comes first.
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
-            if deadline is not None and not own:
+            if deadline is not None:
                 raise DeadlineExceededError(deadline.seconds) from cause
-            detached = driver is not None and driver.detached
-            timed_out = self._timed_out(context, detached, blocked=driver is None or not driver.fired)
+            error = self._timed_out(context, driver is not None and driver.detached, blocked=not fired)
             if self.fallback is None:
-                raise timed_out from cause
-            self._fell_back(context, timed_out)
+                raise error from cause
+            self._fell_back(self.fallback, context, error)
         finally:
-            cause = timed_out = None  # their frames lead back to this one
+            error = cause = None
         return await self.fallback._run(data, context)
 
     def _timed_out(self, context: WorkflowContext, detached: bool, blocked: bool) -> StepTimeoutError:
@@ -182,7 +204,9 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             details.append("a thread cannot be interrupted: what it has begun there runs on")
         return StepTimeoutError(name, self.timeout_seconds, "; ".join(details))
 
-    def _fell_back(self, context: WorkflowContext, error: StepTimeoutError) -> None:
+    def _fell_back(
+        self, fallback: WorkflowPrimitive[In, Out], context: WorkflowContext, error: StepTimeoutError
+    ) -> None:
         context.mark_degraded()
         if events.bus.emit is not None:
             events.bus.emit(
@@ -190,7 +214,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     step=step_name(self),
                     correlation_id=context.correlation_id,
                     failed=step_name(self.primitive),
-                    used=step_name(self.fallback),
+                    used=step_name(fallback),
                     error=error,
                 )
             )
@@ -204,6 +228,80 @@ async def _as_coroutine(awaitable: Any) -> Any:
     return await awaitable
 
 
+class _Alarms:
+    """The limits of one loop on one clock, behind a single timer (loop thread only).
+
+    Nearly every step ends long before its limit. So a limit is an entry in a heap, which costs a tenth of a loop timer;
+    what is over is dropped when it comes to the top, or when it makes up half of the heap. The timer stays armed for a
+    while after the last step has ended, so that one step after another need not arm it anew.
+    """
+
+    __slots__ = ("_armed", "_clock", "_heap", "_loop", "_numbers", "_over", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+        self._loop = weakref.ref(loop)
+        self._clock = clock
+        self._heap: list[tuple[float, int, _Driver]] = []
+        self._numbers = itertools.count()
+        self._over = 0  # entries whose step has ended
+        self._armed = math.inf
+        self._timer: Timer | None = None
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop, clock: Clock) -> _Alarms:
+        """Return this thread's alarms for *loop* and *clock*; new ones where it last served others."""
+        alarms: _Alarms | None = getattr(_thread, "alarms", None)
+        if alarms is None or alarms._loop() is not loop or alarms._clock is not clock:
+            alarms = _thread.alarms = _Alarms(loop, clock)
+        return alarms
+
+    def add(self, driver: _Driver, at: float) -> None:
+        """Have ``driver.fire()`` called at the moment *at*."""
+        heapq.heappush(self._heap, (at, next(self._numbers), driver))
+        if at < self._armed:
+            self._arm(at)
+
+    def drop(self) -> None:
+        """Take note that the step of one of the entries has ended."""
+        heap = self._heap
+        self._over += 1
+        while heap and heap[0][2].over:
+            heapq.heappop(heap)
+            self._over -= 1
+        if self._over > 100 and self._over * 2 > len(heap):
+            heap[:] = [entry for entry in heap if not entry[2].over]
+            heapq.heapify(heap)
+            self._over = 0
+        if not heap and self._timer is not None and self._clock is not SYSTEM_CLOCK:
+            # A clock that jumps from timer to timer must not be led to one that no longer matters.
+            self._timer.cancel()
+            self._timer = None
+            self._armed = math.inf
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._armed = at
+        self._timer = self._clock.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._armed = math.inf
+        heap = self._heap
+        now = self._clock.monotonic()
+        while heap and (heap[0][0] <= now or heap[0][2].over):
+            driver = heapq.heappop(heap)[2]
+            if driver.over:
+                self._over -= 1
+            else:
+                driver.fire()
+        if heap:
+            self._arm(heap[0][0])
+
+
+_thread = threading.local()
+
+
 class _Driver:
     """Drive a suspended step inside the caller's own task, until it ends or is left behind (loop thread only).
 
@@ -213,36 +311,50 @@ class _Driver:
 
     __slots__ = (
         "_abandon",
+        "_alarms",
         "_clock",
         "_coroutine",
-        "_first",
-        "_limit",
-        "_reason",
+        "_grace",
         "_stranded",
+        "_struck",
+        "_waited",
         "cancelling",
         "detached",
         "fired",
+        "over",
         "task",
-        "timer",
     )
 
-    def __init__(self, coroutine: Any, first: Any, limit: TimeLimit, clock: Clock, reason: str) -> None:
-        task = asyncio.current_task()
+    def __init__(self, coroutine: Any, waited: Any, clock: Clock, at: float, deadline: Deadline | None) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         if task is None:
             coroutine.close()
             raise RuntimeError("a timeout can only cancel what runs in a task: use asyncio.run or run_sync")
         self.task = task
         self.cancelling = task.cancelling()
         self._coroutine = coroutine
-        self._first = first
-        self._limit = limit
+        self._waited = waited  # what the step waited for first; taken before this was made
         self._clock = clock
-        self._reason = reason
+        self._struck: Any = at if deadline is None else deadline  # the one to blame
         self._stranded: Any = None
         self._abandon = False
+        self._grace: Timer | None = None
         self.fired = False
         self.detached = False
-        self.timer: Timer = clock.call_at(limit, self._fire)
+        self.over = False
+        self._alarms = _Alarms.of(loop, clock)
+        self._alarms.add(self, at)
+
+    def end(self) -> None:
+        """Let go of everything: the step has ended, or was left behind."""
+        self.over = True
+        self._coroutine = self._stranded = None
+        if self.fired:
+            if self._grace is not None:
+                self._grace.cancel()
+        else:
+            self._alarms.drop()
 
     # ---- what `await` sees
 
@@ -252,10 +364,10 @@ class _Driver:
         return iterator
 
     def __next__(self) -> Any:
-        first = self._first
-        if first is not _NOTHING:
-            self._first = _NOTHING
-            return first
+        waited = self._waited
+        if waited is not _NOTHING:
+            self._waited = _NOTHING
+            return waited
         if self._abandon:
             self._detach(None)
         return self._coroutine.send(None)
@@ -275,10 +387,11 @@ class _Driver:
 
     # ---- what the timers do
 
-    def _fire(self) -> None:
-        self._limit.reason = self._reason
+    def fire(self) -> None:
+        """Cancel the step: its limit has come."""
         self.fired = True
-        self.timer = self._clock.call_at(self._clock.monotonic() + GRACE, self._leave_behind)
+        self._struck.struck = True
+        self._grace = self._clock.call_at(self._clock.monotonic() + GRACE, self._leave_behind)
         self.task.cancel()
 
     def _leave_behind(self) -> None:
@@ -306,9 +419,8 @@ class _Driver:
         orphans.add(orphan)
         orphan.add_done_callback(_orphan_ended)
         events.logger.warning(
-            "%s swallowed its cancellation for %g s and was left behind, still running", where(self._coroutine), GRACE
+            "%s swallowed its cancellation for %g s and was left behind, still running", _where(self._coroutine), GRACE
         )
-        self._coroutine = None
         raise asyncio.CancelledError
 
 
@@ -348,12 +460,20 @@ def _orphan_ended(orphan: asyncio.Task[Any]) -> None:
         events.logger.warning("a step that was left behind ended with %r", orphan.exception())
 
 
-def where(coroutine: Any) -> str:
-    """Say where a suspended coroutine stands: ``file:line function`` of its innermost frame."""
-    frame = None
+def _where(coroutine: Any) -> str:
+    """Say where a suspended step stands: ``file:line in function`` of the innermost frame that is the user's own."""
+    innermost = None
     while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None) or frame
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is not None and (innermost is None or not frame.f_code.co_filename.startswith(_not_the_users())):
+            innermost = frame
         coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
-    if frame is None:
+    if innermost is None:
         return "a step"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}"
+    return f"{innermost.f_code.co_filename}:{innermost.f_lineno} in {innermost.f_code.co_qualname}"
+
+
+@functools.cache
+def _not_the_users() -> tuple[str, ...]:
+    """Return where asyncio and this package live."""
+    return str(asyncio.__file__).rpartition("__init__")[0], __file__.rpartition("primitives")[0]
