@@ -21,6 +21,7 @@ from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.composition import children_of, details_of
 
 if TYPE_CHECKING:
+    from tta_sync.primitives.core.diagram import Outline
     from tta_sync.primitives.core.parallel import ParallelPrimitive
     from tta_sync.primitives.core.sequential import SequentialPrimitive
 
@@ -127,7 +128,7 @@ def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
     return execute
 
 
-def _context_first(method: Callable[..., Any]) -> bool:
+def context_first(method: Callable[..., Any]) -> bool:
     """Say whether a method's signature is ``(self, context, data)``."""
     try:
         parameters = list(inspect.signature(method).parameters)
@@ -171,7 +172,7 @@ class WorkflowPrimitive(Generic[In, Out]):
         elif "execute" in own:
             written = own["execute"]
             run: Run = written
-            if _context_first(written):
+            if context_first(written):
 
                 def run(self: Any, data: Any, context: WorkflowContext) -> Coroutine[Any, Any, Any]:
                     coroutine: Coroutine[Any, Any, Any] = written(self, context, data)
@@ -212,6 +213,16 @@ class WorkflowPrimitive(Generic[In, Out]):
         """Return the steps that this one is directly made of."""
         return ()
 
+    def to_mermaid(self) -> str:
+        """Draw the workflow: return the text of a mermaid flowchart."""
+        from tta_sync.primitives.core.diagram import mermaid
+
+        return mermaid(self)
+
+    def outline(self) -> Outline | None:
+        """Say how :meth:`to_mermaid` draws this step; None: as a frame around its children."""
+        return None
+
     def details(self) -> str:
         """Return the options worth reading in a repr or a diagram, as ``name=value, ...``."""
         return ""
@@ -224,9 +235,9 @@ class WorkflowPrimitive(Generic[In, Out]):
         return None
 
     if TYPE_CHECKING:
-        # A function's own types carry over; those of a foreign object with `execute` are taken on trust. That no step of
-        # ours passes for a foreign one, and two that do not fit are an error at the operator, takes an attribute on
-        # which they differ: every other object has a __sizeof__.
+        # A function's own types carry over; those of a foreign object with `execute` are taken on trust. That no
+        # step of ours passes for a foreign one, so that two which do not fit are an error at the operator, takes an
+        # attribute on which they differ: every other object has a __sizeof__.
         __sizeof__: None  # type: ignore[assignment]
 
         @overload

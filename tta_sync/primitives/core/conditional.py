@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tta_sync.context import WorkflowContext
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
+from tta_sync.primitives.core.diagram import Outline
 
 
 class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
@@ -39,6 +40,14 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
     def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
         return (self.then_primitive,) if self.else_primitive is None else (self.then_primitive, self.else_primitive)
 
+    def outline(self) -> Outline:
+        return Outline(
+            "choice",
+            f"{display_name(self.condition)}?",
+            ("yes",) if self.else_primitive is None else ("yes", "no"),
+            "no" if self.else_primitive is None else None,
+        )
+
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         if await self._decide(data, context):
             return await self.then_primitive._run(data, context)
@@ -50,4 +59,4 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
 
     def __repr__(self) -> str:
         other = "" if self.else_primitive is None else f", else {self.else_primitive!r}"
-        return f"Conditional(if {step_name(self.condition)}: {self.then_primitive!r}{other})"
+        return f"Conditional(if {display_name(self.condition)}: {self.then_primitive!r}{other})"

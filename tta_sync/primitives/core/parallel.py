@@ -10,6 +10,7 @@ from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import Foreign, In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
+from tta_sync.primitives.core.diagram import Outline
 
 OnError = Literal["raise", "collect"]
 
@@ -97,6 +98,9 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
 
     def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
         return self.branches
+
+    def outline(self) -> Outline:
+        return Outline("fork", f"parallel: {details}" if (details := self.details()) else "parallel")
 
     async def _run(self, data: In, context: WorkflowContext) -> list[Out]:
         calls = [(name, run, data, context.create_child_context()) for name, run in self._starts]

@@ -7,7 +7,8 @@ from typing import Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError, NoRouteError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
+from tta_sync.primitives.core.diagram import Outline
 
 
 class SwitchPrimitive(WorkflowPrimitive[In, Out]):
@@ -39,6 +40,15 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         cases = tuple(self.cases.values())
         return cases if self.default is None else (*cases, self.default)
 
+    def outline(self) -> Outline:
+        labels = [str(key) for key in self.cases]
+        return Outline(
+            "choice",
+            f"{display_name(self.selector)}?",
+            labels if self.default is None else [*labels, "else"],
+            "else" if self.default is None else None,
+        )
+
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         case = self.cases.get(await self._select(data, context), self.default)
         if case is not None:
@@ -50,7 +60,7 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     def __repr__(self) -> str:
         cases = ", ".join(f"{key!r}: {case!r}" for key, case in self.cases.items())
         other = "" if self.default is None else f", else {self.default!r}"
-        return f"Switch({step_name(self.selector)}, {{{cases}}}{other})"
+        return f"Switch({display_name(self.selector)}, {{{cases}}}{other})"
 
 
 class RouterPrimitive(WorkflowPrimitive[In, Out]):
@@ -88,6 +98,10 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
         return tuple(self.routes.values())
 
+    def outline(self) -> Outline:
+        labels = [f"{key}, or else" if key == self.default else str(key) for key in self.routes]
+        return Outline("choice", f"{display_name(self.router_fn)}?", labels)
+
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         key = await self._choose(data, context)
         used_default = key not in self.routes
@@ -105,4 +119,4 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     def __repr__(self) -> str:
         routes = ", ".join(f"{key!r}: {route!r}" for key, route in self.routes.items())
         details = self.details()
-        return f"Router({step_name(self.router_fn)}, {{{routes}}}{details and ', ' + details})"
+        return f"Router({display_name(self.router_fn)}, {{{routes}}}{details and ', ' + details})"

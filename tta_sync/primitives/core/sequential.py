@@ -1,8 +1,8 @@
 """One step after another, and how a cache without a step finds its place among them.
 
-An *unbound* primitive wraps no step yet: ``CachePrimitive(ttl=60)``. It says so by ``unbound = True`` and makes itself a
-bound one by ``bind(inner)``, without changing itself. In a chain, those at the head wrap all that follows, those at the
-tail all that comes before; the left one is the outer one::
+An *unbound* primitive wraps no step yet: ``CachePrimitive(ttl=60)``. It says so by ``unbound = True``, and gives the
+bound one that it stands for by ``bind(inner)``. In a chain, those at the head wrap all that follows, those at the tail
+all that comes before; the left one is the outer one::
 
     memory >> fetch >> parse >> redis  # memory around redis around (fetch >> parse)
 
@@ -26,6 +26,7 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
 )
+from tta_sync.primitives.core.diagram import Outline
 
 Step = WorkflowPrimitive[Any, Any]
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
@@ -116,6 +117,9 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
 
     def children(self) -> tuple[Step, ...]:
         return self.steps if self._bound is None else (self._bound,)
+
+    def outline(self) -> Outline:
+        return Outline("chain")
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
         runs = self._runs or self._bind()
