@@ -11,8 +11,8 @@ In a blueprint that is dropped into somebody's application::
     def summarise(result):
         return result
 
-``app.register_blueprint(bp)`` is all that the application does. ``TTASync(app)``, or ``init_app``, is for an application
-of one's own. Nothing is kept outside ``app.extensions["tta_sync"]``, ``app.config`` and the request.
+``app.register_blueprint(bp)`` is all that the application does. ``TTASync(app)``, or ``init_app``, is for an
+application of one's own. Nothing is kept outside ``app.extensions["tta_sync"]``, ``app.config`` and the request.
 
 Settings, in ``app.config``:
 
@@ -206,8 +206,8 @@ def _leaves(errors: Mapping[Any, Any]) -> Iterator[tuple[list[Any], Any]]:
 class _Request:
     """What one request is known by.
 
-    It stands in the WSGI environment: a test that holds an application context open over two requests shares ``flask.g``
-    between them, and must not share this.
+    It stands in the WSGI environment: a test that holds an application context open over two requests shares
+    ``flask.g`` between them, and must not share this.
     """
 
     __slots__ = ("_context", "_id", "arrived")
@@ -522,8 +522,8 @@ class TTASync:
     Args:
         target: the :class:`flask.Flask` or the :class:`flask.Blueprint`; or none, and :meth:`init_app` later.
         problems: which errors leave as problem details. "auto": all but those for which the application has a page of
-            its own and those of a client that asks for HTML. "app": all. "blueprint": those of decorated views and of the
-            blueprints given to :meth:`init_blueprint`. These two are always included.
+            its own and those of a client that asks for HTML. "app": all. "blueprint": those of decorated views and of
+            the blueprints given to :meth:`init_blueprint`. These two are always included.
         unit_of_work: what each decorated view's workflow runs in, ``tta_sync.sqlalchemy.unit_of_work(Session)`` say.
 
     The application's ``async_to_sync`` becomes ours, so its ``async def`` views run on the managed loop too.

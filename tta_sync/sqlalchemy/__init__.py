@@ -24,8 +24,8 @@ What holds:
 1. A session step is one uninterrupted turn on the caller's thread: SAVEPOINT, the function, flush, RELEASE.
 2. It is released only if somebody still waits for it; else rolled back. One that was cancelled while queued never
    starts; a cancellation that comes after the release lets the result stand.
-3. An IntegrityError is retried in a new savepoint. A serialization failure, a deadlock, "database is locked" are retried
-   by running the unit again from its start (:meth:`UnitOfWork.run`); the step alone, where nothing came before it.
+3. An IntegrityError is retried in a new savepoint. A serialization failure, a deadlock, "database is locked" are
+   retried by running the unit again from its start (:meth:`UnitOfWork.run`); the step alone, where it was the first.
 4. A step that is retried reads its objects again.
 5. SQLite engines come from :func:`create_engine`, or are adopted by :func:`adopt`.
 6. The deadline of the call, and a TimeoutPrimitive around the step, bound each statement and the wait for a connection.

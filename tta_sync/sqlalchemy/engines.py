@@ -71,8 +71,8 @@ class DeadlinePool(QueuePool):
 def create_engine(url: str | URL, **options: Any) -> Engine:
     """Make an engine on which session steps keep their promises; *options* are ``sqlalchemy.create_engine``'s.
 
-    SQLite: WAL, foreign keys on, ``BEGIN IMMEDIATE`` for units of work, 5 s of waiting for a lock. Servers: a connection
-    is tested before use. The pool has 32 connections; it needs as many as the process has threads that use it.
+    SQLite: WAL, foreign keys on, ``BEGIN IMMEDIATE`` for units of work, 5 s of waiting for a lock. Servers: a
+    connection is tested before use. The pool has 32 connections; it needs one for each thread that uses it at once.
 
     Raises:
         ConfigurationError: *options* ask for autocommit.
@@ -194,7 +194,7 @@ def _leave_connections_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_connections_to_parent)
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def _sqlite_code(error: BaseException | None) -> int | None:

@@ -226,7 +226,7 @@ class UnitOfWork:
         current_unit.set(unit.outer)
         unit.end(commit=error is None and unit.doomed is None)
         if error is None and unit.doomed is not None:
-            # A fallback may have answered for the step that failed; what the steps before it wrote is lost nevertheless.
+            # A fallback may have answered for the step that failed; what the steps before it wrote is lost.
             raise unit.doomed
 
     def run(self, fn: Callable[..., T], /, *args: Any, **keywords: Any) -> T:
