@@ -38,41 +38,37 @@ Next = TypeVar("Next")
 First = TypeVar("First")
 
 
-_Given = TypeVar("_Given", contravariant=True)
-_Made = TypeVar("_Made", covariant=True)
+if TYPE_CHECKING:
+    _Given = TypeVar("_Given", contravariant=True)
+    _Made = TypeVar("_Made", covariant=True)
 
+    class Foreign(Protocol):
+        """An object of another library that runs as a step."""
 
-class Foreign(Protocol):
-    """An object of another library that runs as a step."""
+        def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
 
-    def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
+        def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
 
-    def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
+    class _Function(Protocol[_Given, _Made]):
+        """A function, and no other callable: a step made by ``@step`` has no ``__name__`` for a type checker."""
 
+        @property
+        def __name__(self) -> str: ...
+        def __call__(self, data: _Given, /) -> _Made: ...
 
-class _Function(Protocol[_Given, _Made]):
-    """A function, and no other callable: a step made by ``@step`` has no ``__name__`` for a type checker."""
+    class _AnyFunction(Protocol):
+        @property
+        def __name__(self) -> str: ...
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
-    @property
-    def __name__(self) -> str: ...
-    def __call__(self, data: _Given, /) -> _Made: ...
+    class _AnyObject(Protocol):
+        def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
-
-class _AnyFunction(Protocol):
-    @property
-    def __name__(self) -> str: ...
-    def __call__(self, *args: Any, **keywords: Any) -> Any: ...
-
-
-class _AnyObject(Protocol):
-    def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
-    def __call__(self, *args: Any, **keywords: Any) -> Any: ...
-
-
-class _ContextFunction(Protocol[_Given, _Made]):
-    @property
-    def __name__(self) -> str: ...
-    def __call__(self, data: _Given, context: WorkflowContext, /) -> _Made: ...
+    class _ContextFunction(Protocol[_Given, _Made]):
+        @property
+        def __name__(self) -> str: ...
+        def __call__(self, data: _Given, context: WorkflowContext, /) -> _Made: ...
 
 
 class _Miss:
@@ -328,8 +324,11 @@ class WorkflowPrimitive(Generic[In, Out]):
         return f"{type(self).__name__.removesuffix('Primitive')}({parts})"
 
 
-StepLike = WorkflowPrimitive[In, Out] | _AnyFunction | _AnyObject | Foreign
-"""What can stand in a workflow."""
+if TYPE_CHECKING:
+    StepLike = WorkflowPrimitive[In, Out] | _AnyFunction | _AnyObject | Foreign
+    """What can stand in a workflow."""
+else:
+    StepLike = object  # for annotations only: a Protocol costs a third of a millisecond at import
 
 
 def is_step(candidate: object) -> bool:

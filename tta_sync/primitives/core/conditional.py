@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
-from tta_sync.primitives.core.diagram import Outline
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.diagram import Outline
 
 
 class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
@@ -41,6 +43,8 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
         return (self.then_primitive,) if self.else_primitive is None else (self.then_primitive, self.else_primitive)
 
     def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
         return Outline(
             "choice",
             f"{display_name(self.condition)}?",

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import Foreign, In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
-from tta_sync.primitives.core.diagram import Outline
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.base import Foreign
+    from tta_sync.primitives.core.diagram import Outline
+
 
 OnError = Literal["raise", "collect"]
 
@@ -100,6 +104,8 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         return self.branches
 
     def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
         return Outline("fork", f"parallel: {details}" if (details := self.details()) else "parallel")
 
     async def _run(self, data: In, context: WorkflowContext) -> list[Out]:

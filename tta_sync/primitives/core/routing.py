@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError, NoRouteError
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
-from tta_sync.primitives.core.diagram import Outline
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.diagram import Outline
 
 
 class SwitchPrimitive(WorkflowPrimitive[In, Out]):
@@ -41,6 +43,8 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         return cases if self.default is None else (*cases, self.default)
 
     def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
         labels = [str(key) for key in self.cases]
         return Outline(
             "choice",
@@ -99,6 +103,8 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
         return tuple(self.routes.values())
 
     def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
         labels = [f"{key}, or else" if key == self.default else str(key) for key in self.routes]
         return Outline("choice", f"{display_name(self.router_fn)}?", labels)
 

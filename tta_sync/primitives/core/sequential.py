@@ -13,7 +13,7 @@ primitives, is sealed and stays one step. What a chain binds is settled at its f
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
@@ -26,7 +26,10 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
 )
-from tta_sync.primitives.core.diagram import Outline
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.diagram import Outline
+
 
 Step = WorkflowPrimitive[Any, Any]
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
@@ -119,6 +122,8 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
         return self.steps if self._bound is None else (self._bound,)
 
     def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
         return Outline("chain")
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
