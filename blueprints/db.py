@@ -1,13 +1,17 @@
-"""The database: the declarative base, and one engine per process."""
+"""The database: the declarative base, and what a process holds of it."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, MetaData
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.types import TypeDecorator
+
+from blueprints.settings import Settings, SettingsError
+from tta_sync.sqlalchemy import create_engine, unit_of_work
 
 
 class Base(DeclarativeBase):
@@ -40,3 +44,37 @@ class UTCDateTime(TypeDecorator[datetime]):
             return None
         moment: datetime = value if value.tzinfo else value.replace(tzinfo=UTC)
         return moment.astimezone(UTC)
+
+
+class Database:
+    """One engine, and the units of work over it; connections are opened at first use, anew in a forked child."""
+
+    def __init__(self, settings: Settings, **engine_options: Any) -> None:
+        self.engine = create_engine(settings.database_url, **engine_options)
+        session = sessionmaker(self.engine, expire_on_commit=False)
+        self.units = unit_of_work(session)
+        """One transaction per request."""
+        self.reads = unit_of_work(session, read_only=True)
+        """The same, for requests that write nothing."""
+        self.steps = unit_of_work(session, commit="step")
+        """One transaction per session step, for jobs: nothing is held while the provider thinks."""
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def prepare_directory(settings: Settings) -> None:
+    """Make the directory of an SQLite file.
+
+    Raises:
+        SettingsError: it cannot be made.
+    """
+    if settings.database_url.get_backend_name() == "sqlite" and settings.database_url.database:
+        directory = Path(settings.database_url.database).parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"{settings.database_setting}: cannot make the directory {directory}: {error.strerror}"
+            ) from None

@@ -51,6 +51,11 @@ class Settings:
         """What the provider as a whole may take, retries included."""
         return self.deadline - LOCAL_RESERVE
 
+    @property
+    def database_setting(self) -> str:
+        """The setting that says where the database is, for messages."""
+        return "TTA_DATA_DIR" if self.database_url == _default_database(self.data_dir) else "DATABASE_URL"
+
     def require_redis_url(self) -> str:
         """Return REDIS_URL.
 
@@ -101,7 +106,7 @@ def load_settings(env: Mapping[str, str] | None = None) -> Settings:
     settings = Settings(
         env=stage,
         data_dir=data_dir,
-        database_url=_database_url(_read(source, "str", "DATABASE_URL", f"sqlite:///{data_dir / 'tta.db'}")),
+        database_url=_database_url(_read(source, "str", "DATABASE_URL", None), data_dir),
         redis_url=_redis_url(_read(source, "str", "REDIS_URL", None)),
         host=_read(source, "str", "TTA_HOST", "127.0.0.1"),
         port=_read(source, "int", "TTA_PORT", 8000, _between(-1, 65_535, "a port from 0 to 65535")),
@@ -162,8 +167,14 @@ def _at_most(length: int) -> Callable[[str], None]:
     return check
 
 
-def _database_url(text: str) -> URL:
+def _default_database(data_dir: Path) -> URL:
+    return URL.create("sqlite", database=str(data_dir / "tta.db"))
+
+
+def _database_url(text: str | None, data_dir: Path) -> URL:
     """Parse DATABASE_URL; the spellings that hosting services hand out get the driver that is installed."""
+    if text is None:
+        return _default_database(data_dir)
     try:
         url = make_url(text)
         backend = url.get_backend_name()

@@ -56,4 +56,5 @@ class BatchItem(Base):
     error: Mapped[str | None] = mapped_column(String(500))
     owner: Mapped[str | None] = mapped_column(String(200))  # the process that runs it
     started_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
-    recoveries: Mapped[int] = mapped_column(Integer)  # how often it was given back to the queue
+    enqueued_at: Mapped[datetime] = mapped_column(UTCDateTime)  # when somebody last took it on to enqueue it
+    recoveries: Mapped[int] = mapped_column(Integer)  # how often it was given back to the queue after its worker's end
