@@ -6,6 +6,7 @@ user input of any shape. All of it is CPU work: call it in a ``thread_step``, ne
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -105,7 +106,7 @@ class _Model:
         if self._identifier is None:
             with self._lock:
                 if self._identifier is None:
-                    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+                    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # type: ignore[import-untyped]
 
                     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
                     # The longer codes are of languages without an ISO 639-1 code.
@@ -200,7 +201,7 @@ def summarise(text: str) -> str:
         if len(words) < 3:
             return 0.0  # a heading, a list's label
         # Distinct words only, over the square root of the length: neither repetition nor sheer length wins.
-        weight = sum(frequency[word] for word in set(words)) / len(words) ** 0.5
+        weight = sum(frequency[word] for word in set(words)) / math.sqrt(len(words))
         return weight * (1.0 + 1.0 / (1 + position))
 
     best = sorted(range(len(sentences)), key=lambda position: (-score(position), position))

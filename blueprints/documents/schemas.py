@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates
 
@@ -14,16 +14,11 @@ TASKS = ("summary", "keywords", "language")
 class Tasks(fields.Field[list[str]]):
     """Which of TASKS to do: a list, in any order; its errors are one flat list of messages."""
 
-    default_error_messages: ClassVar[dict[str, str]] = {
-        "invalid": "Not a list of tasks.",
-        "empty": "Name one task or more, or leave it out.",
-    }
-
     def _deserialize(self, value: Any, attr: str | None, data: Any, **options: Any) -> list[str]:
         if not isinstance(value, list):
-            raise self.make_error("invalid")
+            raise ValidationError("Not a list of tasks.")
         if not value:
-            raise self.make_error("empty")
+            raise ValidationError("Name one task or more, or leave it out.")
         if any(not isinstance(task, str) or task not in TASKS for task in value):
             raise ValidationError(f"Unknown task: the tasks are {', '.join(TASKS)}.")
         return [task for task in TASKS if task in value]

@@ -1,0 +1,58 @@
+"""``POST /api/process`` and the documents that came of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from flask import Blueprint
+
+from blueprints.db import Database
+from blueprints.documents.schemas import DocumentSchema, PageRequestSchema, PageSchema, ProcessRequestSchema
+from blueprints.documents.store import BadCursorError, Pages, read_document
+from blueprints.documents.workflow import build_flow
+from blueprints.settings import Settings
+from tta_sync.flask import Problem, TTASync
+
+_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def is_id(text: str) -> bool:
+    """Say whether *text* can be an id of ours; nothing else is worth asking the database for."""
+    return _ID.fullmatch(text) is not None
+
+
+def create_blueprint(tta: TTASync, settings: Settings, database: Database) -> Blueprint:
+    """Make the document routes."""
+    bp = Blueprint("documents", __name__, url_prefix="/api")
+    pages = Pages(settings.load_secret())
+    document_schema, page_request, page_schema = DocumentSchema(), PageRequestSchema(unknown="exclude"), PageSchema()
+
+    @bp.post("/process")
+    @tta.workflow(
+        build_flow(settings),
+        load=ProcessRequestSchema(max_text=settings.max_text),
+        dump=document_schema,
+        unit_of_work=database.units,
+    )
+    def process(document: dict[str, Any]) -> dict[str, Any]:
+        return document
+
+    @bp.get("/documents/<document_id>")
+    def show(document_id: str) -> Any:
+        with database.reads as unit:
+            document = read_document(unit.session, document_id) if is_id(document_id) else None
+            if document is None:
+                raise Problem(404, "no_such_document", "There is no document with this id.")
+            return document_schema.dump(document)
+
+    @bp.get("/documents")
+    def index() -> Any:
+        asked = tta.load(page_request, source="query")
+        try:
+            with database.reads as unit:
+                return page_schema.dump(pages.read(unit.session, asked["limit"], asked["cursor"]))
+        except BadCursorError:
+            raise Problem(400, "bad_cursor", "This cursor is not one of ours: leave it out to begin anew.") from None
+
+    return bp
