@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 
 from flask import Blueprint, Flask, Response, current_app, got_request_exception, has_request_context, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, default_exceptions
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.routing import RoutingException
 
@@ -318,7 +318,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 def _deeper(data: Any, limit: int) -> bool:
     level = [data]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [child for value in level for child in _children(value) if isinstance(child, (dict, list))]
         if not level:
             return False
@@ -706,7 +706,15 @@ def _body() -> bytes:
         raise Problem(415, "unsupported_media_type", "Send the body without a Content-Encoding.")
     if request.max_content_length is None:
         request.max_content_length = current_app.config["TTA_MAX_BODY"]
-    return request.get_data(cache=True)
+    body = request.get_data(cache=True)
+    # Werkzeug stops reading a chunked body at the limit, without a word: is there more?
+    if (
+        request.content_length is None
+        and len(body) >= request.max_content_length
+        and request.environ["wsgi.input"].read(1)
+    ):
+        raise RequestEntityTooLarge
+    return body
 
 
 def _query(schema: Schema) -> dict[str, Any]:
@@ -729,7 +737,8 @@ def _query(schema: Schema) -> dict[str, Any]:
 
 def _check_settings(app: Flask) -> None:
     seconds = app.config["TTA_DEADLINE"]
-    if seconds is not None and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < seconds < math.inf):
         raise ConfigurationError(f"TTA_DEADLINE is a number of seconds above 0, or None, not {seconds!r}")
     for name in ("TTA_MAX_BODY", "TTA_MAX_DEPTH"):
         value = app.config[name]
