@@ -13,12 +13,11 @@ import itertools
 import sys
 import threading
 import time
-from _thread import get_ident
 from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from tta_sync.context import Deadline, WorkflowContext, current_caller, current_context, ports, running_context
 from tta_sync.exceptions import (
@@ -30,6 +29,7 @@ from tta_sync.exceptions import (
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, sort_arguments, step_name
 from tta_sync.runtime import generation
 from tta_sync.runtime.call import register_interrupt
+from tta_sync.runtime.native import get_ident, threads_are_greenlets
 from tta_sync.runtime.loop import Counters, ManagedLoop, managed_loop_of
 from tta_sync.runtime.resources import OpenResources, Resource
 from tta_sync.runtime.streaming import Pipe, Stream
@@ -114,6 +114,8 @@ class SyncFacade:
         grace: seconds that a cancelled call gets to clean up before it is left behind as an orphan.
         use_uvloop: run on uvloop, which must be installed (``tta-sync[uvloop]``).
         pool_size: threads for ``thread_step``.
+        drive: "thread" runs the loop on a thread of its own. "caller" lets the waiting caller drive it, which saves the
+            thread switch; the price is that a coroutine that blocks holds its own caller, deadline and signals included.
 
     The loop starts at the first call, in whichever process makes it: building a facade at import time, preloading under
     gunicorn and forking workers are safe.
@@ -127,6 +129,7 @@ class SyncFacade:
         grace: float = 1.0,
         use_uvloop: bool = False,
         pool_size: int = 32,
+        drive: Literal["thread", "caller"] = "thread",
     ) -> None:
         if max_in_flight is not None and max_in_flight < 1:
             raise ConfigurationError(f"max_in_flight is {max_in_flight}: it must be at least 1, or None for no limit")
@@ -138,13 +141,23 @@ class SyncFacade:
             raise ConfigurationError(f"grace is {grace}: give seconds, 0 or more")
         if pool_size < 1:
             raise ConfigurationError(f"pool_size is {pool_size}: it must be at least 1")
+        if drive not in ("thread", "caller"):
+            raise ConfigurationError(f'drive is {drive!r}: write "thread" or "caller"')
+        if drive == "caller" and use_uvloop:
+            raise ConfigurationError('drive="caller" runs on asyncio\'s own loop: leave use_uvloop out')
+        if drive == "caller" and threads_are_greenlets():
+            raise ConfigurationError(
+                'drive="caller" would hold all greenlets of the thread: use drive="thread" with gevent'
+            )
+        self.drive = drive
         self.max_in_flight = max_in_flight
         self.default_timeout = default_timeout
         self.grace = grace
         self.use_uvloop = use_uvloop
         self.pool_size = pool_size
         self._counters = Counters()
-        self._peeked = itertools.count()
+        self._peeked = itertools.count(1)
+        self._peeks = 0
         self._starting = generation.ForkSafeLock()  # guards _loop while it is replaced
         self._loop: ManagedLoop | None = None
         self._closed_in: int | None = None  # the generation in which shutdown() was called
@@ -187,7 +200,7 @@ class SyncFacade:
             if workflow.peeks:
                 answer = workflow.peek(data, context)
                 if answer is not MISS:
-                    next(self._peeked)
+                    self._peeks = next(self._peeked)
                     return answer
             fn: Any = workflow._run
             name = workflow.name or type(workflow).__qualname__
@@ -331,6 +344,8 @@ class SyncFacade:
             raise LoopUnavailableError(
                 f"{name} was called from the loop thread, which would wait for itself: await it instead"
             )
+        if threads_are_greenlets() and asyncio.current_task(_get_running_loop()) is None:
+            return  # the running loop belongs to another greenlet of this thread, which is not in it now
         raise LoopUnavailableError(
             f"{name} was called inside a running event loop, which would stand still meanwhile: await it instead, "
             "or call it from a thread (asyncio.to_thread)"
@@ -348,9 +363,16 @@ class SyncFacade:
             if self._closed_in == generation.current.number:
                 raise LoopUnavailableError("this facade was shut down: make a new SyncFacade, or shut down later")
             _hook_exit()
-            loop = ManagedLoop(
-                grace=self.grace, use_uvloop=self.use_uvloop, pool_size=self.pool_size, counters=self._counters
-            )
+            kind: type[ManagedLoop] = ManagedLoop
+            if self.drive == "caller":
+                from tta_sync.runtime.driven import DrivenLoop
+
+                kind = DrivenLoop
+            elif threads_are_greenlets():
+                from tta_sync.runtime.gevent import GeventLoop
+
+                kind = GeventLoop
+            loop = kind(grace=self.grace, use_uvloop=self.use_uvloop, pool_size=self.pool_size, counters=self._counters)
             loop.start()
             self._loop = loop
             return loop
@@ -378,7 +400,7 @@ class SyncFacade:
         alive = loop is not None and loop.generation == generation.current.number
         begun = loop.begun if loop is not None and alive and not loop.dead else 0
         return FacadeStats(
-            calls=self._counters.calls + begun + self._peeked.__reduce__()[1][0],
+            calls=self._counters.calls + begun + self._peeks,
             orphans=self._counters.orphans,
             restarts=self._counters.restarts,
             generation=generation.current.number,
@@ -506,9 +528,7 @@ def iterate_sync(
     **keywords: Any,
 ) -> Stream[Any]:
     """Iterate an async generator on the default facade: :meth:`SyncFacade.iterate_sync`."""
-    return _default.iterate_sync(
-        source, *args, buffer=buffer, timeout=timeout, item_timeout=item_timeout, **keywords
-    )
+    return _default.iterate_sync(source, *args, buffer=buffer, timeout=timeout, item_timeout=item_timeout, **keywords)
 
 
 def resource(factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:

@@ -16,7 +16,6 @@ used because it is the only waiting primitive that a signal's exception may leav
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextvars
 import time
@@ -223,10 +222,3 @@ class Work:
             self.future.set_exception(wrapped)
         else:
             self.future.set_exception(error)
-
-
-def new_lock() -> _thread.LockType:
-    """Return a lock for a thread to wait on, in its waiting state."""
-    lock = _thread.allocate_lock()
-    lock.acquire()
-    return lock

@@ -70,11 +70,15 @@ def _is_user_file(filename: str) -> bool:
     return not filename.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")))
 
 
+OUTER_EDGE: set[CodeType] = set()
+"""Functions that run the loop on a caller's own stack: what lies outside them is the caller, not what the loop runs."""
+
+
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """Return the innermost frame, from *frame* outwards, that is the user's own code; failing that, the innermost that
     is neither this package's nor Python's own."""
     second_best: FrameType | None = None
-    while frame is not None:
+    while frame is not None and frame.f_code not in OUTER_EDGE:
         filename = frame.f_code.co_filename
         if _is_user_file(filename):
             return frame

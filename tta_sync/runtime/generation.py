@@ -7,9 +7,11 @@ in which it was made, and nothing else decides whether it may be used.
 
 from __future__ import annotations
 
-import _thread
 import os
 from collections.abc import Callable
+from typing import Any
+
+from tta_sync.runtime import native
 
 _disown: list[Callable[[], object]] = []
 
@@ -44,11 +46,11 @@ class ForkSafeLock:
     __slots__ = ("_locks",)
 
     def __init__(self) -> None:
-        self._locks: dict[int, _thread.LockType] = {}
+        self._locks: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         # setdefault is atomic: two threads that come first get the same lock.
-        self._locks.setdefault(current.number, _thread.allocate_lock()).acquire()
+        self._locks.setdefault(current.number, native.allocate_lock()).acquire()
 
     def __exit__(self, *exc_info: object) -> None:
         self._locks[current.number].release()

@@ -12,7 +12,6 @@ Life cycle: made by the facade at the first call of a process, dead when its thr
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextvars
 import logging
@@ -27,8 +26,8 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import current_caller
 from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, SaturatedError
-from tta_sync.runtime import generation
-from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call, new_lock
+from tta_sync.runtime import generation, native
+from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call
 from tta_sync.runtime.frames import forget_earlier_raises, innermost_user_frame, place, running_frame, user_frame
 from tta_sync.runtime.pool import DaemonPool
 from tta_sync.runtime.resources import OpenResources
@@ -62,6 +61,8 @@ class Counters:
 class ManagedLoop:
     """One event loop on one thread, and the synchronous side of it."""
 
+    call_class = Call
+
     def __init__(self, *, grace: float, use_uvloop: bool, pool_size: int, counters: Counters) -> None:
         self.generation = generation.current.number
         self.grace = grace
@@ -78,13 +79,13 @@ class ManagedLoop:
         self._armed = False
         self._local = self._new_local()
         self.loop = self._new_loop(use_uvloop)
-        self.pool = DaemonPool(pool_size, "tta_sync-pool")
+        self.pool = DaemonPool(pool_size, "tta_sync-pool", self._spawn)
         self.loop.set_default_executor(self.pool)
         self.resources = OpenResources()
         self.watchdog = Watchdog(self)
         self._bell = -1
-        self._started = _thread.allocate_lock()
-        self._ended = new_lock()
+        self._started = native.allocate_lock()
+        self._ended = native.new_lock()
         _loops.append(self)
 
     # ---- life ---------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class ManagedLoop:
         return threading.local()
 
     def _new_lock(self) -> Any:
-        return new_lock()
+        return native.new_lock()
 
     def _spawn(self, target: Callable[[], object], name: str) -> None:
         threading.Thread(target=target, name=name, daemon=True).start()
@@ -114,7 +115,7 @@ class ManagedLoop:
         self.watchdog.start()
 
     def _run_forever(self) -> None:
-        self.ident = _thread.get_ident()
+        self.ident = native.get_ident()
         loop = self.loop
         asyncio.set_event_loop(loop)
         loop.call_soon(self._set_up)
@@ -241,7 +242,7 @@ class ManagedLoop:
         context: contextvars.Context,
     ) -> Call:
         """Make the call of ``fn(*args, **keywords)`` in *context*, for the current thread to wait for."""
-        call = Call()
+        call = self.call_class()
         call.fn = fn
         call.args = args
         call.keywords = keywords
@@ -250,7 +251,7 @@ class ManagedLoop:
         call.deadline = deadline
         call.limit = limit
         call.context = context
-        call.ident = _thread.get_ident()
+        call.ident = native.get_ident()
         call.started = time.monotonic()
         call.result = call.error = call.task = call.timer = call.work = call.why = None
         call.began = call.done = call.left = False
@@ -269,8 +270,6 @@ class ManagedLoop:
 
     def conduct(self, call: Call, max_in_flight: int | None) -> Any:
         """Send *call* to the loop, wait for it, and return its result: on the caller's thread."""
-        lock = call.lock
-        deadline = call.deadline
         calls = self.calls
         try:
             calls.add(call)
@@ -278,9 +277,10 @@ class ManagedLoop:
                 self.admit(call, max_in_flight)
             try:
                 self.submit(call)
+                deadline = call.deadline
                 wait = FIRST_WAIT if deadline is None or deadline - call.started > FIRST_WAIT else 0.0
                 while True:
-                    lock.acquire(True, wait)
+                    self.wait(call, wait)
                     if call.done:
                         break
                     wait = self.look(call)
@@ -302,6 +302,10 @@ class ManagedLoop:
             raise self.failure(call, error)
         finally:
             call.error = error = None  # the traceback holds this frame: no cycle
+
+    def wait(self, call: Call, seconds: float) -> None:
+        """Wait until there may be something to see about *call*, *seconds* at most; -1 is for ever."""
+        call.lock.acquire(True, seconds)
 
     def submit(self, call: Call) -> None:
         """Queue *call* and wake the loop. The caller looks after FIRST_WAIT whether it has begun."""
@@ -377,7 +381,7 @@ class ManagedLoop:
             if remaining <= 0 or self.dead:
                 self.leave_orphan(call, "its caller gave it up")
                 break
-            call.lock.acquire(True, min(remaining, 0.1))
+            self.wait(call, min(remaining, 0.1))
         error, call.error = call.error, None
         return error
 

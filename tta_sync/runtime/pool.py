@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from _queue import Empty, SimpleQueue  # not queue's: gevent replaces those
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
+
+from tta_sync.runtime import native
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,12 +21,15 @@ class DaemonPool(ThreadPoolExecutor):
     runs here too.
     """
 
-    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+    def __init__(
+        self, max_workers: int, thread_name_prefix: str, spawn: Callable[[Callable[[], object], str], object]
+    ) -> None:
         super().__init__(max_workers, thread_name_prefix)
         self._limit = max_workers
+        self._spawn = spawn
         self._prefix = thread_name_prefix
-        self._items: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any, Any] | None] = queue.SimpleQueue()
-        self._mutex = threading.Lock()  # guards _count, _waiting, _closed
+        self._items: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any, Any] | None] = SimpleQueue()
+        self._mutex = native.allocate_lock()  # guards _count, _waiting, _closed
         self._count = 0
         self._waiting = 0  # threads with nothing to do, less the items that are on their way to one
         self._closed = False
@@ -42,7 +46,7 @@ class DaemonPool(ThreadPoolExecutor):
                 self._count += 1
                 self._waiting += 1
                 name = f"{self._prefix}_{self._count}"
-                threading.Thread(target=self.work, name=name, daemon=True).start()
+                self._spawn(self.work, name)
         return future
 
     def work(self) -> None:
@@ -69,7 +73,7 @@ class DaemonPool(ThreadPoolExecutor):
             try:
                 while (item := self._items.get_nowait()) is not None:
                     item[0].cancel()
-            except queue.Empty:
+            except Empty:
                 pass
         for _ in range(self._count):
             self._items.put(None)

@@ -146,7 +146,7 @@ class Stream(Iterator[T]):
                     wait = remaining if wait < 0 else min(wait, remaining)
                 if buffer:
                     break
-                call.lock.acquire(True, wait)
+                loop.wait(call, wait)
         except BaseException:
             pipe.hungry = False
             self._ended = True

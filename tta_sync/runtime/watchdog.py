@@ -10,7 +10,6 @@ Cost: two thread switches every 50 ms while calls are in flight or tasks run, no
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import logging
 import time
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tta_sync import events
+from tta_sync.runtime import native
 from tta_sync.runtime.frames import place, running_frame, user_frame
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class Watchdog:
 
     def __init__(self, loop: ManagedLoop) -> None:
         self._loop = loop
-        self._pause = _thread.allocate_lock()
-        self._pause.acquire()
+        self._pause = native.new_lock()
         self._answered = 0.0  # written by the loop thread, reset by the watchdog's
         self._cpu_clock: int | None = None
         self._stopped = False
@@ -70,7 +69,7 @@ class Watchdog:
 
     def _answer(self) -> None:
         if self._cpu_clock is None and hasattr(time, "pthread_getcpuclockid"):
-            self._cpu_clock = time.pthread_getcpuclockid(_thread.get_ident())
+            self._cpu_clock = time.pthread_getcpuclockid(native.get_ident())
         self._answered = time.monotonic()
 
     def _watch(self) -> None:

@@ -1,0 +1,243 @@
+"""The managed loop without a hop: the waiting caller drives the shared loop itself.
+
+One loop, one baton. Whoever holds the baton drives; a caller that finds it free takes it, runs the loop until its own call
+is done or needs it, and passes it on: to a caller that waits, else to nobody. A standby thread takes a baton that has lain
+for some milliseconds while the loop has business, so that background tasks and keep-alives go on when nobody calls.
+
+A call that finds the baton free costs no thread switch, and beside a CPU-bound thread no wait for the interpreter's lock.
+The price: a coroutine that blocks holds its own caller, deadline and signals included.
+
+Who owns what, beyond loop.py: the holder of the baton owns everything that loop.py calls "the loop thread only", and
+``driver`` and ``ident``. The baton is a dict entry with the holder's thread in it, not a lock: a signal's exception may
+strike between taking a lock and noting that one has it, but never hides who holds the baton.
+"""
+
+from __future__ import annotations
+
+import _signal
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections import deque
+from types import FrameType
+from typing import Any
+
+from tta_sync.runtime import native
+from tta_sync.runtime.call import Call
+from tta_sync.runtime.frames import OUTER_EDGE
+from tta_sync.runtime.loop import ManagedLoop
+
+VACANCY = 0.01
+"""Seconds for which the baton may lie before the standby driver takes it."""
+POLL = 0.02
+DOZE = 0.5
+"""Seconds between two looks of the standby driver: while calls come and go, and when nothing has happened for long."""
+
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in (
+        "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCHLD SIGCONT SIGTSTP SIGXCPU SIGVTALRM SIGPROF "
+        "SIGWINCH SIGIO"
+    ).split()
+    if hasattr(signal, name)
+)
+
+
+class DrivenCall(Call):
+    """A call whose caller may be the one who drives: then it is woken by stopping the loop under it."""
+
+    __slots__ = ("waiting",)
+
+    waiting: bool  # written by its caller: whether it waits on its lock, and could be given the baton
+
+    def wake(self) -> None:
+        if self.loop.driver is self:
+            self.loop.loop.stop()
+        else:
+            super().wake()
+
+    def finish(self, result: Any, error: BaseException | None) -> None:
+        super().finish(result, error)
+        if self.loop.driver is self:
+            self.loop.loop.stop()
+
+    def expire(self) -> None:
+        super().expire()
+        if not self.done:
+            # Its caller may be the driver, and must look once more when the grace is over.
+            self.timer = self.loop.loop.call_later(self.loop.grace, self.wake)
+
+
+class DrivenLoop(ManagedLoop):
+    """A managed loop that its callers drive in turn."""
+
+    call_class = DrivenCall
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._baton: dict[str, int] = {}  # "holder" -> thread ident; setdefault and pop are atomic
+        self._standby = native.new_lock()
+        self._vacant_since = time.monotonic()
+        self._dozing = False
+        self._failures: deque[float] = deque(maxlen=3)
+        self.driver: Call | None = None
+
+    # ---- the baton ----------------------------------------------------------------------------------------------------
+
+    def _take(self) -> bool:
+        me = native.get_ident()
+        return self._baton.setdefault("holder", me) == me
+
+    def _pass_on(self) -> None:
+        """Put the baton down, if this thread has it, and wake somebody who may take it."""
+        if self._baton.get("holder") != native.get_ident():
+            return
+        self._vacant_since = time.monotonic()
+        del self._baton["holder"]
+        if self.calls:
+            for call in self.calls.copy():
+                if getattr(call, "waiting", False) and not call.done:
+                    Call.wake(call)
+                    return
+        if self._dozing or self.refusing or self.dead:
+            self._dozing = False
+            self._wake_standby()
+
+    def _wake_standby(self) -> None:
+        try:
+            self._standby.release()
+        except RuntimeError:
+            pass
+
+    # ---- the standby driver -------------------------------------------------------------------------------------------
+
+    def _run_forever(self) -> None:
+        self._set_up()
+        try:
+            while not self.dead and not self.stopping:
+                self._standby.acquire(True, DOZE if self._dozing else POLL)
+                vacant = time.monotonic() - self._vacant_since
+                if self.refusing or (vacant > VACANCY and self._has_business()):
+                    try:
+                        if self._take():
+                            self._turn(None)
+                    finally:
+                        self._pass_on()
+                elif vacant > 1.0:
+                    self._dozing = True
+        finally:
+            while not self._take():  # the last driver leaves before the loop is closed
+                self._standby.acquire(True, POLL)
+            self._bury()
+
+    def _has_business(self) -> bool:
+        """Say whether the loop has anything to do without a caller: tasks, timers, or descriptors beside its own two."""
+        loop: Any = self.loop
+        return bool(loop._ready or loop._scheduled or len(loop._selector.get_map()) > 2 or asyncio.all_tasks(loop))
+
+    # ---- driving ------------------------------------------------------------------------------------------------------
+
+    def _turn(self, call: Call | None) -> None:
+        """Run the loop until someone stops it. Holder of the baton only."""
+        self.ident = native.get_ident()
+        self.driver = call
+        try:
+            self._drain()
+            if self.refusing or (not self.calls if call is None else not call.done):
+                self.loop.run_forever()
+        except (KeyboardInterrupt, SystemExit):
+            pass  # raised by some task, which keeps it: signals are deferred, or go to other threads
+        except BaseException as error:
+            self.death = error
+            self._failures.append(time.monotonic())
+            if len(self._failures) == 3 and self._failures[-1] - self._failures[0] < 1.0:
+                self.dead = True
+                self._wake_standby()
+        finally:
+            self.driver = None
+            self.ident = 0
+
+    def _drive(self, call: Call) -> None:
+        """Drive for *call*; on the main thread, hold back what signal handlers might raise into whichever task runs."""
+        if threading.current_thread() is not threading.main_thread():
+            self._turn(call)
+            return
+        deferred: list[int] = []
+        handlers: dict[int, Any] = {}
+        driving = True
+
+        def defer(number: int, frame: FrameType | None) -> None:
+            if not driving:  # a signal struck while the handlers were put back, and this one was left behind
+                _signal.signal(number, handlers[number])
+                handlers[number](number, frame)
+                return
+            deferred.append(number)
+            self.loop.stop()
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)  # a selector goes on waiting after a handler that does not raise
+
+        try:
+            for number in _SIGNALS:
+                handler = _signal.getsignal(number)
+                if callable(handler):
+                    handlers[number] = handler
+                    _signal.signal(number, defer)
+            self._turn(call)
+        finally:
+            driving = False
+            for number, handler in handlers.items():
+                if _signal.getsignal(number) is defer:  # else a coroutine has set its own
+                    _signal.signal(number, handler)
+            if deferred:
+                for number in deferred[1:]:
+                    signal.raise_signal(number)  # their turn comes when this one has been dealt with
+                handlers[deferred[0]](deferred[0], None)
+
+    def _drain(self) -> None:
+        super()._drain()
+        if self.driver is None and self.calls and not self.refusing and self.loop.is_running():
+            self.loop.stop()  # the standby driver makes room for a caller
+
+    # ---- the caller's side --------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        call.waiting = False  # type: ignore[attr-defined]  # a DrivenCall
+        self._queue.append(call)
+        if call.deadline is not None:
+            self.post(self._watch_deadline, call)
+
+    def _watch_deadline(self, call: Call) -> None:
+        # Whoever drives cannot watch the clock: the loop does.
+        if not call.done and call.deadline is not None and call.timer is None:
+            call.timer = self.loop.call_later(call.deadline - time.monotonic(), call.expire)
+
+    def wait(self, call: Call, seconds: float) -> None:
+        """Drive until there is something to see about *call*; where another drives, wait for it."""
+        timer = None
+        try:
+            if self._take():
+                if seconds >= 0 and call.began:
+                    timer = self.loop.call_later(seconds, call.wake)
+                self._drive(call)
+            else:
+                call.waiting = True  # type: ignore[attr-defined]
+                if not self._armed:
+                    self._armed = True
+                    self._ring()
+                # A baton that is put down is offered by a wake-up; were one lost, a poll would find it.
+                call.lock.acquire(True, POLL if seconds < 0 else min(seconds, POLL))
+        finally:
+            call.waiting = False  # type: ignore[attr-defined]
+            if timer is not None:
+                timer.cancel()
+            self._pass_on()
+
+    def shutdown(self, timeout: float) -> None:
+        self.refusing = True
+        self._wake_standby()
+        super().shutdown(timeout)
+
+
+OUTER_EDGE.add(DrivenLoop._turn.__code__)

@@ -1,0 +1,31 @@
+"""Threads and locks of the operating system, also in a process where gevent has replaced them by greenlets."""
+
+from __future__ import annotations
+
+import _thread
+import sys
+from typing import Any
+
+
+def _original(module: str, name: str, default: Any) -> Any:
+    monkey = sys.modules.get("gevent.monkey")
+    return default if monkey is None else monkey.get_original(module, name)
+
+
+# Bound at import: before a later monkey.patch_all() these are the originals anyway.
+allocate_lock: Any = _original("_thread", "allocate_lock", _thread.allocate_lock)
+get_ident: Any = _original("_thread", "get_ident", _thread.get_ident)
+start_new_thread: Any = _original("_thread", "start_new_thread", _thread.start_new_thread)
+
+
+def new_lock() -> Any:
+    """Return a raw lock in the state in which a thread waits on it."""
+    lock = allocate_lock()
+    lock.acquire()
+    return lock
+
+
+def threads_are_greenlets() -> bool:
+    """Say whether gevent has patched threading in this process."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
