@@ -170,24 +170,20 @@ class Supervisor:
                 self._redis = EmbeddedRedis(self._settings.data_dir / "redis")
                 self._redis.join()
             except OSError as error:
-                raise _unwritable(self._settings.data_dir, error) from None
+                where = self._settings.data_dir
+                raise Refused(f"TTA_DATA_DIR: cannot keep data in {where}: {error.strerror or error}") from None
             url = self._redis.url
         self._env |= {"REDIS_URL": url, "RQ_REDIS_URL": url}
 
     def _migrate(self) -> int | None:
-        """Bring the database up to date; one run at a time, since two may have been started at once."""
-        try:
-            self._settings.data_dir.mkdir(parents=True, exist_ok=True)
-            with keeper.locked(self._settings.data_dir / "lock", START_BUDGET):
-                migrations = Child("the migration", [sys.executable, "-m", "migrations"], budget=5.0)
-                self._children = [migrations]
-                process = self._spawn(migrations)
-                while process.poll() is None:
-                    self._wait(1.0)
-                    if self._signals:
-                        return 0
-        except OSError as error:
-            raise _unwritable(self._settings.data_dir, error) from None
+        """Check the settings and bring the database up to date; what is wrong, the program itself says."""
+        migrations = Child("the migration", [sys.executable, "-m", "migrations"], budget=5.0)
+        self._children = [migrations]
+        process = self._spawn(migrations)
+        while process.poll() is None:
+            self._wait(1.0)
+            if self._signals:
+                return 0
         return process.returncode or None
 
     def _await_first_answer(self, host: str, port: int) -> int | None:
@@ -378,10 +374,6 @@ def _how(status: int) -> str:
         with contextlib.suppress(ValueError):
             return signal.Signals(-status).name
     return f"exit status {status}"
-
-
-def _unwritable(data_dir: Path, error: OSError) -> Refused:
-    return Refused(f"TTA_DATA_DIR: cannot keep data in {data_dir}: {error.strerror or error}")
 
 
 def say(message: str) -> None:

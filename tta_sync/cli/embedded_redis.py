@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
@@ -17,6 +16,9 @@ from tta_sync.redis import find_redis_server
 __all__ = ["EmbeddedRedis", "RedisUnavailableError"]
 
 LOCK_BUDGET = keeper.START_BUDGET + keeper.STOP_BUDGET + 5.0  # the longest that a keeper or a run holds the lock
+
+
+ADDRESS_BUDGET = 2.0  # seconds; a server's address is written before anybody else may look for it
 
 
 class RedisUnavailableError(Exception):
@@ -109,26 +111,20 @@ class EmbeddedRedis:
             except (TimeoutError, FileNotFoundError):
                 pass  # the keeper is just ending the server
             time.sleep(0.02)
-        if self._keeper is not None and not keeper.is_locked(self._directory / "server.lock"):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._keeper.wait(keeper.STOP_BUDGET)
+        self._release_keeper(ended=not keeper.is_locked(self._directory / "server.lock"))
 
     def _connect(self) -> None:
-        give_up = time.monotonic() + keeper.START_BUDGET
+        began = time.monotonic()
         server_lock = os.open(self._directory / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             while True:
                 if keeper.try_lock(server_lock):
                     self._start_keeper(server_lock)
-                    address = keeper.read_address(self._directory)
-                else:
-                    address = keeper.read_address(self._directory)
-                    if address is not None and not keeper.answers(*address):
-                        address = None
-                if address is not None:
+                address = keeper.read_address(self._directory)
+                if address is not None and keeper.answers(*address):
                     self.url = f"redis://:{address[1]}@127.0.0.1:{address[0]}/0"
                     return
-                if time.monotonic() > give_up:
+                if time.monotonic() > began + (ADDRESS_BUDGET if address is None else keeper.START_BUDGET):
                     break
                 time.sleep(0.05)  # its keeper starts it again just now, or somebody only looked at the lock
         finally:
@@ -138,6 +134,7 @@ class EmbeddedRedis:
         )
 
     def _start_keeper(self, server_lock: int) -> None:
+        self._release_keeper(ended=True)
         with open(self._directory / "keeper.log", "ab") as log:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", keeper.__file__, str(self._directory), str(self._binary), str(server_lock)],
@@ -151,8 +148,17 @@ class EmbeddedRedis:
         with self._keeper.stdout as said:
             word = said.readline().decode().strip()
         if word != "ready":
-            self._keeper.wait()
+            self._release_keeper(ended=True)
             raise RedisUnavailableError(word or f"the Redis keeper died; {self._directory / 'keeper.log'} says why")
+
+    def _release_keeper(self, *, ended: bool) -> None:
+        """Collect the exit status of the keeper that this run started, unless it goes on for others."""
+        if self._keeper is not None:
+            try:
+                self._keeper.wait(keeper.STOP_BUDGET if ended else 0.0)
+            except subprocess.TimeoutExpired:
+                self._keeper.returncode = 0  # theirs: Popen is not to warn that it still runs
+            self._keeper = None
 
     def _forget(self) -> None:
         assert self._run is not None

@@ -114,15 +114,17 @@ class Keeper:
         self.server: subprocess.Popen[bytes] | None = None
         self.stopping = False
 
-    def start(self) -> None:
-        """Start the server, on the port it had before if that is free, and write its address.
+    def start(self, *, again: bool = False) -> None:
+        """Start the server on the port it had before, else on a free one, and write its address.
+
+        Started *again*, it may have no other port: the runs know the one it had.
 
         Raises:
             RuntimeError: it does not start; the message is one line.
         """
         port, password = read_address(self.directory) or (0, secrets.token_urlsafe(32))
         for attempt in range(5):
-            port = _free_port(port if attempt == 0 else 0)
+            port = port if again else _free_port(port if attempt == 0 else 0)
             self._spawn(port, password)
             if self._ready(port, password):
                 _write_private(self.directory / "address", json.dumps({"port": port, "password": password}))
@@ -182,7 +184,7 @@ class Keeper:
                 restarts = [moment for moment in restarts if moment > time.monotonic() - span] + [time.monotonic()]
                 if len(restarts) > most:
                     raise RuntimeError(f"redis-server died {len(restarts)} times in {span:g} s")
-                self.start()
+                self.start(again=True)
             try:
                 with locked(self.directory / "lock", 0.0):
                     if not living_runs(self.directory):
