@@ -264,6 +264,7 @@ class WorkflowContext:
 running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_context", default=None)
 """The context of the workflow that the current task runs; set by the facade inside the task, so it never leaks out."""
 
+
 class TimeLimit(float):
     """The moment at which a TimeoutPrimitive will cut the step inside it; ``struck`` is set just before it does.
 

@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from tta_sync.exceptions import RateLimitedError as RateLimitedError
     from tta_sync.exceptions import SagaError as SagaError
     from tta_sync.exceptions import StepTimeoutError as StepTimeoutError
+    from tta_sync.primitives.recovery.bulkhead import BulkheadPrimitive as BulkheadPrimitive
+    from tta_sync.primitives.recovery.chaos import ChaosError as ChaosError
+    from tta_sync.primitives.recovery.chaos import ChaosPrimitive as ChaosPrimitive
     from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerConfig as CircuitBreakerConfig
     from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerError as CircuitBreakerError
     from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerPrimitive as CircuitBreakerPrimitive
     from tta_sync.primitives.recovery.circuit_breaker import CircuitState as CircuitState
+    from tta_sync.primitives.recovery.compensation import CompensationPrimitive as CompensationPrimitive
+    from tta_sync.primitives.recovery.compensation import SagaPrimitive as SagaPrimitive
     from tta_sync.primitives.recovery.fallback import FallbackPrimitive as FallbackPrimitive
+    from tta_sync.primitives.recovery.hedge import HedgePrimitive as HedgePrimitive
+    from tta_sync.primitives.recovery.rate_limit import RateLimitPrimitive as RateLimitPrimitive
     from tta_sync.primitives.recovery.retry import RetryBudget as RetryBudget
     from tta_sync.primitives.recovery.retry import RetryPrimitive as RetryPrimitive
     from tta_sync.primitives.recovery.retry import RetryStrategy as RetryStrategy
@@ -32,7 +39,7 @@ _HOMES = {
         "StepTimeoutError",
     ),
     "tta_sync.primitives.recovery.bulkhead": ("BulkheadPrimitive",),
-    "tta_sync.primitives.recovery.chaos": ("ChaosPrimitive",),
+    "tta_sync.primitives.recovery.chaos": ("ChaosError", "ChaosPrimitive"),
     "tta_sync.primitives.recovery.circuit_breaker": (
         "CircuitBreakerConfig",
         "CircuitBreakerPrimitive",

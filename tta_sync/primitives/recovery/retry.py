@@ -28,6 +28,7 @@ from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_p
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.recovery.fallback import peek_value
+from tta_sync.primitives.recovery.forks import renew_after_fork
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -181,6 +182,7 @@ class RetryBudget:
         self.per_success = float(per_success)
         self._tokens = self.max  # guarded by _lock
         self._lock = threading.Lock()
+        renew_after_fork(self)
 
     @property
     def tokens(self) -> float:
@@ -199,9 +201,16 @@ class RetryBudget:
             self._tokens = max(0.0, self._tokens - 1.0)
             return self._tokens > self.max / 2
 
-    def allows(self) -> bool:
-        """Say whether another attempt is allowed."""
-        return self._tokens > self.max / 2
+    def spend(self) -> bool:
+        """Take a token for an attempt beside one that has not failed, if that is allowed; say whether it was."""
+        with self._lock:
+            allowed = self._tokens > self.max / 2
+            if allowed:
+                self._tokens -= 1.0
+            return allowed
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"RetryBudget({self._tokens:g} of {self.max:g} tokens left)"

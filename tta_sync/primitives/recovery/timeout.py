@@ -416,11 +416,7 @@ class _Driver:
         orphan = self.task.get_loop().create_task(
             _go_on(self._coroutine, self._stranded, error), name=f"orphan of {self.task.get_name()}"
         )
-        orphans.add(orphan)
-        orphan.add_done_callback(_orphan_ended)
-        events.logger.warning(
-            "%s swallowed its cancellation for %g s and was left behind, still running", _where(self._coroutine), GRACE
-        )
+        leave_behind(orphan, self._coroutine)
         raise asyncio.CancelledError
 
 
@@ -452,6 +448,15 @@ def _resume(coroutine: Any, stranded: Any, error: BaseException | None) -> Gener
                 waited = coroutine.throw(thrown)
         except StopIteration as stop:
             return stop.value
+
+
+def leave_behind(orphan: asyncio.Task[Any], coroutine: Any) -> None:
+    """Keep a task that swallowed its cancellation until it ends of itself, and say where it stands."""
+    orphans.add(orphan)
+    orphan.add_done_callback(_orphan_ended)
+    events.logger.warning(
+        "%s swallowed its cancellation for %g s and was left behind, still running", _where(coroutine), GRACE
+    )
 
 
 def _orphan_ended(orphan: asyncio.Task[Any]) -> None:

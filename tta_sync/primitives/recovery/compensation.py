@@ -1,0 +1,199 @@
+"""Undo what was done when a later step fails."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from tta_sync import events
+from tta_sync.context import Deadline, WorkflowContext, time_limit
+from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
+
+Step = WorkflowPrimitive[Any, Any]
+
+
+class SagaPrimitive(WorkflowPrimitive[In, Out]):
+    """Run steps in order, and undo them in reverse when one fails or the call is cancelled.
+
+    Each forward step gets the result of the one before it; each compensation gets the input of its own forward step.
+    The compensation of the step that failed runs too, as the step may have had its effect: compensations must cope with
+    there being nothing to undo. They run in a task of their own that no cancellation of the call reaches, each with a
+    deadline of its own, and all of them run, even if one fails.
+
+    Then the step's error comes out as itself; or, when the saga was cancelled or interrupted, that.
+
+    Args:
+        steps: pairs ``(forward, compensation)``; None as the compensation where there is nothing to undo.
+        compensation_timeout: seconds that each compensation may take.
+
+    Raises:
+        SagaError: compensations failed: the step's error, then theirs. After a cancellation it holds theirs alone and
+            is the ``__cause__`` of what comes out.
+        ConfigurationError: the steps are no list of pairs.
+
+    Source: Garcia-Molina and Salem, *Sagas*.
+    """
+
+    strategy = "saga"
+
+    def __init__(
+        self, steps: Iterable[tuple[Any, Any]], *, compensation_timeout: float = 30.0, name: str | None = None
+    ) -> None:
+        if not 0 < compensation_timeout < math.inf:
+            raise ConfigurationError(f"compensation_timeout is a positive number of seconds: {compensation_timeout!r}")
+        self.steps: tuple[tuple[Step, Step | None], ...] = _pairs(steps)
+        self.compensation_timeout = compensation_timeout
+        if name is not None:
+            self.name = name
+        self._undo = [
+            None if undo is None else TimeoutPrimitive(_Compensation(undo), compensation_timeout, track_timeouts=False)
+            for _, undo in self.steps
+        ]
+        check_composition(self)
+
+    def children(self) -> tuple[Step, ...]:
+        return tuple(step for pair in self.steps for step in pair if step is not None)
+
+    def __repr__(self) -> str:
+        pairs = ", ".join(f"({forward!r}, {undo!r})" for forward, undo in self.steps)
+        return f"{type(self).__name__.removesuffix('Primitive')}({pairs})"
+
+    async def _run(self, data: In, context: WorkflowContext) -> Out:
+        inputs: list[Any] = []  # of the forward steps that have begun
+        value: Any = data
+        try:
+            for forward, _ in self.steps:
+                inputs.append(value)
+                value = await forward._run(value, context)
+        except GeneratorExit:
+            raise  # the coroutine was closed: nothing can be awaited here any more
+        except BaseException as error:
+            failure = error
+        else:
+            result: Out = value
+            return result
+        try:
+            raise await self._undone(inputs, context, failure)
+        finally:
+            del failure  # its frames lead back to this one
+
+    async def _undone(self, inputs: list[Any], context: WorkflowContext, failure: BaseException) -> BaseException:
+        """Undo the steps that have begun, last one first; return what is to come out."""
+        errors: list[Exception] = []
+        interrupts: list[BaseException] = []
+        try:
+            if isinstance(failure, Exception):
+                position = len(inputs) - 1
+                note(failure, f"in step {position + 1} of {len(self.steps)} of a saga: {self.steps[position][0]!r}")
+            undoing = asyncio.get_running_loop().create_task(
+                self._compensate(inputs, context, errors, interrupts), name=f"compensations of {step_name(self)}"
+            )
+            while not undoing.done():
+                try:
+                    await asyncio.wait((undoing,))
+                except asyncio.CancelledError as cancelled:
+                    interrupts.insert(0, cancelled)  # it waits until all is undone
+            if isinstance(failure, Exception) and not interrupts:
+                if not errors:
+                    return failure
+                return SagaError(f"a step failed, and {len(errors)} of its compensations too", [failure, *errors])
+            ending = interrupts[-1] if isinstance(failure, Exception) else failure
+            if errors:
+                ending.__cause__ = SagaError(f"{len(errors)} compensations failed", errors)
+            return ending
+        finally:
+            del failure, interrupts  # their frames lead back to this one
+
+    async def _compensate(
+        self, inputs: list[Any], context: WorkflowContext, errors: list[Exception], interrupts: list[BaseException]
+    ) -> None:
+        time_limit.set(None)  # in this task only: the limits around the saga do not hold for its compensations
+        for position in reversed(range(len(inputs))):
+            undo = self._undo[position]
+            if undo is None:
+                continue
+            own = context.create_child_context()
+            own.state, own.metadata, own.tags, own.baggage = (
+                context.state,
+                context.metadata,
+                context.tags,
+                context.baggage,
+            )
+            own.deadline = None
+            try:
+                await undo._run(inputs[position], own)
+                continue
+            except Exception as failed:
+                error = failed
+            except asyncio.CancelledError:
+                error = WorkflowError("the compensation was cancelled before it had ended")
+            except BaseException as interrupt:
+                interrupts.append(interrupt)  # it comes out of the saga, after the other compensations
+                continue
+            try:
+                self._failed(position, error, context)
+                errors.append(error)
+            finally:
+                del error
+
+    def _failed(self, position: int, error: Exception, context: WorkflowContext) -> None:
+        compensation = self.steps[position][1]
+        note(error, f"in the compensation of step {position + 1} of {len(self.steps)}: {compensation!r}")
+        if events.bus.emit is not None:
+            events.bus.emit(
+                events.CompensationFailed(
+                    step=step_name(compensation), correlation_id=context.correlation_id, error=error
+                )
+            )
+
+
+class CompensationPrimitive(SagaPrimitive[In, Out]):
+    """A saga in TTA.dev's spelling: ``CompensationPrimitive(forward, compensation)``, or a list of such pairs."""
+
+    def __init__(
+        self, forward: Any, compensation: Any = None, *, compensation_timeout: float = 30.0, name: str | None = None
+    ) -> None:
+        several = isinstance(forward, (list, tuple))
+        if several == (compensation is not None):
+            raise ConfigurationError(
+                "write CompensationPrimitive(forward, compensation), or give a list of such pairs: "
+                "CompensationPrimitive([(forward, compensation)])"
+            )
+        pairs = forward if several else [(forward, compensation)]
+        super().__init__(pairs, compensation_timeout=compensation_timeout, name=name)
+        self.forward, self.compensation = self.steps[0]
+
+
+class _Compensation(WorkflowPrimitive[Any, Any]):
+    """A compensation that finds the limit set for it as its context's deadline."""
+
+    def __init__(self, compensation: Step) -> None:
+        self.compensation = compensation
+        self.name = step_name(compensation)
+
+    def children(self) -> tuple[Step, ...]:
+        return (self.compensation,)
+
+    async def _run(self, data: Any, context: WorkflowContext) -> Any:
+        limit = time_limit.get()
+        assert limit is not None  # set by the TimeoutPrimitive around this
+        context.deadline = Deadline(float(limit), clock=context.clock)
+        return await self.compensation._run(data, context)
+
+
+def _pairs(steps: Iterable[tuple[Any, Any]]) -> tuple[tuple[Step, Step | None], ...]:
+    try:
+        pairs = [(forward, undo) for forward, undo in steps]
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            "a saga takes a list of pairs: SagaPrimitive([(forward, compensation), ...]), "
+            "with None as the compensation where there is nothing to undo"
+        ) from None
+    if not pairs:
+        raise ConfigurationError("a saga needs at least one pair (forward, compensation)")
+    return tuple((as_primitive(forward), None if undo is None else as_primitive(undo)) for forward, undo in pairs)

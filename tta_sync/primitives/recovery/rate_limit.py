@@ -1,0 +1,275 @@
+"""No more calls than a dependency allows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, Protocol
+
+from tta_sync import events
+from tta_sync.context import WorkflowContext, cut_off
+from tta_sync.exceptions import ConfigurationError, RateLimitedError
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name, takes_context
+from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.recovery.forks import renew_after_fork
+from tta_sync.primitives.recovery.line import Line, Place, lead
+
+MAX_KEYS = 100_000
+SLACK = 1e-9
+"""Seconds by which a call may come too early: whoever waits exactly as long as he was told must not be refused because
+of the last bit of a float."""
+
+
+def decide(arrival: float, now: float, interval: float, tolerance: float) -> tuple[float, float]:
+    """Decide on a call at *now* by GCRA: return (seconds to wait, the *arrival* to keep if the call is made now).
+
+    *arrival* is the theoretical arrival time of the next call, *interval* the seconds between two calls at the steady
+    rate, *tolerance* ``(burst - 1) * interval``. In any t seconds at most ``burst + t / interval`` calls go through.
+    """
+    due = arrival if arrival > now else now
+    wait = due - now - tolerance
+    return (wait if wait > SLACK else 0.0), due + interval
+
+
+class Limit:
+    """The state of one limit, guarded by the primitive's lock."""
+
+    __slots__ = ("arrival", "line")
+
+    def __init__(self) -> None:
+        self.arrival = -math.inf
+        self.line: Line = deque()  # "wait" mode; only the first place in it watches the clock
+
+
+class RateStore(Protocol):
+    """A rate limit that processes share: GCRA on the store's own clock."""
+
+    async def take(self, limiter: str, key: str, rate: float, burst: int, context: WorkflowContext) -> float:
+        """Take a token and return 0.0, or take none and return the seconds until there will be one.
+
+        Raises:
+            ConnectionError, TimeoutError: the store cannot be asked; the primitive falls back as configured.
+        """
+
+
+class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
+    """Call a step at most *rate* times per second, after a burst of *burst*.
+
+    Safe from many threads and loops: one primitive is one limit. The order of waiting calls is that of their coming.
+
+    Args:
+        primitive: the step.
+        rate: calls per second; may be less than 1.
+        burst: how many calls may come at once after a pause.
+        key: a function of ``(data, context)`` or ``(data)``: a limit for each value it returns; None: one for all.
+        mode: "reject" raises when the limit is reached; "wait" waits for the call's turn, if that comes before the
+            call's deadline and the timeouts around it.
+        store: a :class:`RateStore` shared by several processes, "reject" mode and "wait" mode alike.
+        fail: what holds while the store is down: "local", the limit of this process at *rate* / *workers*; "open",
+            none; "closed": every call is rejected.
+        workers: how many processes share the store.
+
+    Raises:
+        RateLimitedError: the limit is reached, or the wait would be too long; ``retry_after`` is in seconds.
+        ConfigurationError: an option makes no sense.
+
+    Source: GCRA, ITU-T I.371; the choice of ``fail`` after Stripe's limiter.
+    """
+
+    strategy = "rate_limit"
+    name: str
+
+    def __init__(
+        self,
+        primitive: Any,
+        rate: float,
+        burst: int = 1,
+        key: Callable[..., Hashable] | None = None,
+        mode: Literal["reject", "wait"] = "reject",
+        *,
+        store: RateStore | None = None,
+        fail: Literal["local", "open", "closed"] = "local",
+        workers: int = 1,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
+            raise ConfigurationError(f"rate is a positive number of calls per second, not {rate!r}")
+        for option, count in (("burst", burst), ("workers", workers)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ConfigurationError(f"{option} is a whole number, 1 or more, not {count!r}")
+        if mode not in ("reject", "wait"):
+            raise ConfigurationError(f'mode is "reject" or "wait", not {mode!r}')
+        if fail not in ("local", "open", "closed"):
+            raise ConfigurationError(f'fail is "local", "open" or "closed", not {fail!r}')
+        if key is not None and not callable(key):
+            raise ConfigurationError(f"key is a function of (data, context), not {key!r}: write key=lambda data: ...")
+        self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
+        self.rate = float(rate)
+        self.burst = burst
+        self.mode = mode
+        self.name = name or step_name(self.primitive)
+        self._key = key
+        self._key_takes_context = key is not None and takes_context(key)
+        self._waits = mode == "wait"
+        self._store = store
+        self._fail = fail
+        # Alone, this process may use the whole rate; where it stands in for the store, its share.
+        self._interval = (1 if store is None else workers) / self.rate
+        self._tolerance = (burst - 1) * self._interval
+        self._inner = self.primitive._run
+        self._lock = threading.Lock()
+        self._limit = Limit()  # what there is without a key
+        self._limits: OrderedDict[Hashable, Limit] = OrderedDict()  # guarded by _lock; longest unused first
+        self._plain = key is None and store is None and not self._waits
+        renew_after_fork(self)
+        check_composition(self)
+
+    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
+        return (self.primitive,)
+
+    def details(self) -> str:
+        return f"rate={self.rate:g}, burst={self.burst}" + (', mode="wait"' if self._waits else "")
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        for limit in (self._limit, *self._limits.values()):
+            limit.line.clear()
+
+    async def _run(self, data: In, context: WorkflowContext) -> Out:
+        if self._plain:
+            limit = self._limit
+            with self._lock:
+                wait, arrival = decide(limit.arrival, context.clock.monotonic(), self._interval, self._tolerance)
+                if not wait:
+                    limit.arrival = arrival
+            if wait:
+                raise self._refusal(wait, context)
+        elif self._store is None:
+            await self._take(self._key_of(data, context), context)
+        else:
+            await self._ask(self._store, self._key_of(data, context), context)
+        return await self._inner(data, context)
+
+    def _key_of(self, data: In, context: WorkflowContext) -> Hashable:
+        key = self._key
+        if key is None:
+            return None
+        return key(data, context) if self._key_takes_context else key(data)
+
+    # ---- this process alone
+
+    async def _take(self, key: Hashable, context: WorkflowContext) -> None:
+        """Take a token of the limit of *key*, at once or in turn.
+
+        Raises:
+            RateLimitedError: there is none, and no turn in time.
+        """
+        clock = context.clock
+        end = cut_off(context) if self._waits else -math.inf
+        place = None
+        with self._lock:
+            now = clock.monotonic()
+            limit = self._limit_of(key, now)
+            line = limit.line
+            lead(line)
+            wait, arrival = decide(limit.arrival, now, self._interval, self._tolerance)
+            if not wait and not line:
+                limit.arrival = arrival
+                return
+            wait += len(line) * self._interval  # those before it come first
+            if end is None or now + wait < end:
+                place = Place()
+                place.called = not line
+                line.append(place)
+        if place is None:
+            raise self._refusal(wait, context)
+        try:
+            if not place.called:
+                await place.wait(clock, end)
+            while True:
+                with self._lock:
+                    now = clock.monotonic()
+                    wait, arrival = decide(limit.arrival, now, self._interval, self._tolerance)
+                    if place.called and not wait:
+                        limit.arrival = arrival
+                        return
+                if not place.called or (end is not None and now + wait >= end):
+                    raise self._refusal(wait, context)  # those before it were late
+                await clock.sleep(wait)
+        finally:
+            with self._lock:
+                if place in line:
+                    line.remove(place)
+                lead(line)
+
+    def _limit_of(self, key: Hashable, now: float) -> Limit:
+        """Return the state for *key*. The lock is held."""
+        if self._key is None:
+            return self._limit
+        limits = self._limits
+        limit = limits.get(key)
+        if limit is not None:
+            limits.move_to_end(key)
+            return limit
+        for oldest in list(itertools.islice(limits, 2)):
+            # One whose burst is whole again is as good as a new one: two out for one in keeps the number down.
+            state = limits[oldest]
+            if not state.line and (state.arrival <= now or len(limits) >= MAX_KEYS):
+                del limits[oldest]
+        limit = limits[key] = Limit()
+        return limit
+
+    # ---- shared with other processes
+
+    async def _ask(self, store: RateStore, key: Hashable, context: WorkflowContext) -> None:
+        """Take a token from the shared limit.
+
+        Raises:
+            RateLimitedError: there is none, and none in time.
+        """
+        clock = context.clock
+        end = cut_off(context) if self._waits else -math.inf
+        name = "" if self._key is None else _spelled(key)
+        while True:
+            try:
+                wait = await store.take(self.name, name, self.rate, self.burst, context)
+            except OSError:  # builtin ConnectionError and TimeoutError
+                if self._fail == "open":
+                    return
+                if self._fail == "closed":
+                    raise self._refusal(1.0 / self.rate, context) from None
+                await self._take(key, context)
+                return
+            if wait <= 0.0:
+                return
+            if end is not None and clock.monotonic() + wait >= end:
+                raise self._refusal(wait, context)
+            await clock.sleep(wait)
+
+    def _refusal(self, wait: float, context: WorkflowContext) -> RateLimitedError:
+        if events.bus.emit is not None:
+            events.bus.emit(
+                events.CallRejected(
+                    step=self.name, correlation_id=context.correlation_id, by="rate limit", retry_after=wait
+                )
+            )
+        return RateLimitedError(self.name, wait)
+
+
+def _spelled(key: Hashable) -> str:
+    """Spell *key* the same in every process.
+
+    Raises:
+        TypeError: that cannot be done for its type.
+    """
+    parts = key if isinstance(key, tuple) else (key,)
+    for part in parts:
+        if part is not None and not isinstance(part, (str, int, float, bytes)):
+            raise TypeError(
+                f"a rate limit shared by processes needs a key of str, int, float or bytes, or a tuple of these, "
+                f"not {type(part).__qualname__}: return its id, say"
+            )
+    return repr(key)
