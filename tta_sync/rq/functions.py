@@ -111,8 +111,6 @@ class _Job:
         *,
         load: Any,
         dump: Any,
-        timeout: int | str | None,
-        retry: Retry | int | None,
         unique: bool,
         idempotent: bool,
         connection: Redis | None,
@@ -127,8 +125,9 @@ class _Job:
         self.idempotent = idempotent
         self.connection = connection
         self.unit_of_work = unit_of_work
-        self.options = {"timeout": _seconds(timeout), "retry": _retry(retry), **options}
+        self.options = options
         self.function: Any = None
+        self.modules: tuple[str, ...] = ()  # where the function may be a top-level name
 
     # ---- running
 
@@ -138,7 +137,7 @@ class _Job:
             return self.run(data)
         with running(job):
             result = self.run(data)
-        check_result(self.name, result)
+        check_result(job.func_name, result)
         return result
 
     def run(self, data: Any = None, context: WorkflowContext | None = None) -> Any:
@@ -148,7 +147,9 @@ class _Job:
             result = run_sync(self.workflow, data, context)
         else:
             result = self.unit_of_work.run(run_sync, self.workflow, data, context)
-        return result if self.dumps is None else self.dumps.dump(result)
+        if self.dumps is None or isinstance(result, Retry):  # RQ's own way of asking for another run
+            return result
+        return self.dumps.dump(result)
 
     # ---- enqueueing
 
@@ -156,16 +157,18 @@ class _Job:
     def name(self) -> str:
         """The dotted name by which a worker imports the function."""
         function = self.function
-        if "<" not in function.__qualname__ and _resolve(function.__module__, function.__qualname__) is function:
-            return f"{function.__module__}.{function.__qualname__}"
-        # Made from a workflow: the name is the module's variable for it, which did not exist yet when it was made.
-        for name, value in vars(sys.modules.get(function.__module__, sys)).items():
-            if value is function:
-                function.__name__ = function.__qualname__ = name
-                return f"{function.__module__}.{name}"
+        if function.__module__ != "__main__":
+            for module in self.modules:
+                names = vars(sys.modules.get(module, function))
+                if names.get(function.__qualname__) is function:
+                    return f"{module}.{function.__qualname__}"
+                # Made of a workflow, or under another name: the variable for it did not exist yet when it was made.
+                for name, value in names.items():
+                    if value is function:
+                        return f"{module}.{name}"
         raise ConfigurationError(
             f"a worker cannot import {function.__qualname__} from {function.__module__}: "
-            "a job function must be a top-level name of its module"
+            "a job function must be a top-level name of a module"
         )
 
     def queue_for(self, connection: Redis | None) -> Queue:
@@ -324,8 +327,14 @@ def workflow_job(
     Raises:
         ConfigurationError: what is decorated is no function or workflow, or the timeout no number of seconds.
     """
-
-    module = sys._getframe(1).f_globals.get("__name__", "__main__")
+    here = sys._getframe(1).f_globals.get("__name__", "__main__")
+    options = {
+        "timeout": _seconds(timeout),
+        "retry": _retry(retry),
+        "result_ttl": result_ttl,
+        "failure_ttl": failure_ttl,
+        "ttl": ttl,
+    }
 
     def decorate(work: Any) -> JobFunction:
         job = _Job(
@@ -333,13 +342,11 @@ def workflow_job(
             queue,
             load=load,
             dump=dump,
-            timeout=timeout,
-            retry=retry,
             unique=unique,
             idempotent=idempotent,
             connection=connection,
             unit_of_work=unit_of_work,
-            options={"result_ttl": result_ttl, "failure_ttl": failure_ttl, "ttl": ttl},
+            options=options,
         )
 
         def function(data: Any = None) -> Any:
@@ -349,21 +356,15 @@ def workflow_job(
         if inspect.isroutine(face):
             functools.update_wrapper(function, face)
         else:
-            function.__module__, function.__name__, function.__qualname__ = module, "workflow", "<workflow>"
+            function.__module__, function.__name__, function.__qualname__ = here, "workflow", "<workflow>"
         made: Any = function
         job.function = made
+        job.modules = (function.__module__, here)
         made.workflow, made.run = job.workflow, job.run
         made.enqueue, made.delay, made.enqueue_many = job.enqueue, job.delay, job.enqueue_many
         return cast(JobFunction, made)
 
     return decorate
-
-
-def _resolve(module: str, qualname: str) -> Any:
-    found: Any = sys.modules.get(module)
-    for name in qualname.split("."):
-        found = getattr(found, name, None)
-    return found
 
 
 def _instance(schema: Any) -> Any:
@@ -377,8 +378,8 @@ def _seconds(timeout: int | str | None) -> int | None:
         seconds = parse_timeout(timeout)
     except Exception as error:
         raise ConfigurationError(f'timeout is whole seconds or "1h", not {timeout!r}') from error
-    # RQ's alarm takes whole seconds, and 0 would switch it off.
-    if not isinstance(seconds, int) or isinstance(timeout, bool) or (seconds < 1 and seconds != -1):
+    # RQ's alarm takes whole seconds, and 0 would switch it off; RQ itself cuts 1.5 down to 1.
+    if isinstance(timeout, (bool, float)) or seconds is None or (seconds < 1 and seconds != -1):
         raise ConfigurationError(f"timeout is whole seconds above 0, or -1 for none, not {timeout!r}")
     return seconds
 
