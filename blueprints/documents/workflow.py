@@ -6,6 +6,7 @@ Timeout(call)))))), with the local summary as the fallback, outside the cache: o
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from blueprints.documents import local
@@ -26,6 +27,8 @@ from tta_sync.primitives import (
     TimeoutPrimitive,
     WorkflowPrimitive,
 )
+
+logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 
@@ -75,7 +78,12 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
 
     @step(name="llm call")
     async def call(request: dict[str, Any]) -> Answer:
-        return {"summary": await provider.summarise(request["text"]), "provider": provider.model, "degraded": False}
+        try:
+            summary = await provider.summarise(request["text"])
+        except Exception as error:
+            logger.warning("the provider failed: %s: %s", type(error).__name__, error)  # neither key nor text is in it
+            raise
+        return {"summary": summary, "provider": provider.model, "degraded": False}
 
     # An attempt that was allowed more than the whole would never be cut by its own limit.
     attempt = TimeoutPrimitive(call, timeout_seconds=min(settings.llm_timeout, settings.provider_timeout))
@@ -148,5 +156,7 @@ async def remember_hits(request: Any, context: WorkflowContext) -> Any:
 @step
 async def tell_hits(answer: Answer, context: WorkflowContext) -> Answer:
     """Say whether the cache answered. A call under way that is shared is no hit: the provider is asked for it too."""
+    if answer["degraded"]:
+        logger.warning("the local summary answered for the provider, correlation id %s", context.correlation_id)
     hit = context.state.get("cache_hits", 0) > context.state[_HITS]
     return {**answer, "cached": hit and not answer["degraded"]}

@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
+from flask import Flask
+from flask.testing import FlaskClient
 
+from blueprints.app import create_app
 from blueprints.settings import Settings, load_settings
+from migrations.__main__ import with_database
 from tests.service.llm_server import LLMServer
 
 
@@ -28,3 +33,30 @@ def make_settings(tmp_path: Path) -> Callable[..., Settings]:
         return load_settings({"TTA_DATA_DIR": str(tmp_path), **{name: str(value) for name, value in env.items()}})
 
     return make
+
+
+@pytest.fixture
+def migrated(make_settings: Callable[..., Settings]) -> Callable[..., Settings]:
+    """``migrated(...)``: settings as of ``make_settings``, whose database is up to date."""
+
+    def make(**env: object) -> Settings:
+        settings = make_settings(**env)
+        with_database(settings, lambda config: command.upgrade(config, "head"))
+        return settings
+
+    return make
+
+
+@pytest.fixture
+def make_client(migrated: Callable[..., Settings]) -> Iterator[Callable[..., FlaskClient]]:
+    """``make_client(TTA_DEADLINE=4, ...)``: a client of a service with these settings, over real SQLite."""
+    apps: list[Flask] = []
+
+    def make(**env: object) -> FlaskClient:
+        app = create_app(migrated(**env))
+        apps.append(app)
+        return app.test_client()
+
+    yield make
+    for app in apps:
+        app.extensions["database"].close()

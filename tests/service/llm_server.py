@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,7 @@ SUMMARY = "A summary from the provider."
 class LLMServer:
     """An OpenAI-compatible server on 127.0.0.1; set ``mode`` at any time, read ``requests`` afterwards.
 
-    Modes: good, slow (holds every answer until ``release``), limited (429 with ``retry_after``), unavailable (503),
+    Modes: good, slow and held (hold the answer until ``release``), limited (429 with ``retry_after``), unavailable (503),
     refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs up),
     truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, taken before ``mode``.
     """
@@ -28,6 +30,7 @@ class LLMServer:
         self.release = threading.Event()
         self.arrived = threading.Semaphore(0)
         self._lock = threading.Lock()
+        self._connections: list[socket.socket] = []  # guarded by _lock
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = False
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="llm-server")
@@ -48,6 +51,10 @@ class LLMServer:
         self.release.set()
         self._server.shutdown()
         self._thread.join()
+        with self._lock:
+            for connection in self._connections:  # kept alive by clients that outlive the test
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
 
     def _next_mode(self, request: dict[str, Any]) -> str:
@@ -60,16 +67,27 @@ class LLMServer:
             protocol_version = "HTTP/1.1"
             timeout = 20
 
+            def setup(self) -> None:
+                super().setup()
+                with owner._lock:
+                    owner._connections.append(self.connection)
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 mode = owner._next_mode(
-                    {"path": self.path, "headers": dict(self.headers), "body": json.loads(body or b"null")}
+                    {
+                        "path": self.path,
+                        "port": self.client_address[1],
+                        "headers": dict(self.headers),
+                        "body": json.loads(body or b"null"),
+                    }
                 )
                 owner.arrived.release()
                 try:
                     answers: dict[str, Callable[[], None]] = {
                         "good": lambda: self._json(200, completion(owner.summary)),
-                        "slow": self._slow,
+                        "slow": lambda: self._hold("too late"),
+                        "held": lambda: self._hold(owner.summary),
                         "limited": lambda: self._json(429, {"error": "slow down"}, {"Retry-After": owner.retry_after}),
                         "unavailable": lambda: self._json(503, {"error": "overloaded"}),
                         "refused": lambda: self._json(401, {"error": "no such key"}),
@@ -92,9 +110,9 @@ class LLMServer:
                 except OSError:
                     self.close_connection = True  # the client has left, which is what some modes are about
 
-            def _slow(self) -> None:
+            def _hold(self, summary: str) -> None:
                 owner.release.wait(20)
-                self._json(200, completion("too late"))
+                self._json(200, completion(summary))
 
             def _hang_up(self) -> None:
                 self.close_connection = True
