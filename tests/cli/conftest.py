@@ -2,76 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TOP = Path(__file__).resolve().parents[2]
+from tests.running import TOP, Processes, Run
 
 
 @pytest.fixture(autouse=True)
 def _measured(measure_subprocesses: None) -> None:
     """The command's own processes count for its coverage."""
-
-
-class Run:
-    """One ``tta-sync dev`` as a process, with what it said."""
-
-    def __init__(self, checkout: Path, port: int, output: Path, env: dict[str, str]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._output = output
-        with open(output, "wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tta_sync.cli", "dev"],
-                cwd=checkout,
-                env={**os.environ, "TTA_PORT": str(port), **env},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group of its own, to be sent Ctrl-C
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def is_up(self) -> bool:
-        if self.process.poll() is not None:
-            pytest.fail(f"it ended with {self.process.returncode}: {self.output}")
-        return "curl" in self.output
-
-    def stop(self, signum: int = signal.SIGTERM, within: float = 60.0) -> int:
-        """Send the signal and return the exit status."""
-        self.process.send_signal(signum)
-        return self.process.wait(within)
-
-
-class Processes:
-    """The machine's processes, as a test may ask for them."""
-
-    def __init__(self, marker: str) -> None:
-        self._marker = f"{marker}=".encode()
-
-    def of(self, value: object, *words: str) -> dict[int, str]:
-        """Those whose environment says that they belong to *value* and whose command line holds all *words*."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = self._marker + str(value).encode() in (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
-            except OSError:
-                continue
-            if marked and command and all(word in command for word in words):
-                found[int(entry.name)] = command
-        return found
 
 
 @pytest.fixture
