@@ -172,3 +172,26 @@ class SagaError(WorkflowError, ExceptionGroup[Exception]):
 
     def derive(self, excs: Sequence[Exception]) -> SagaError:  # type: ignore[override]  # same group, other members
         return SagaError(self.message, excs)
+
+
+def copy_error(error: BaseException) -> BaseException:
+    """Return *error* for one more raiser: equal in type, arguments, attributes, notes, cause and traceback so far.
+
+    For failures that several waiters share: each raises its own, so that no traceback mixes two threads. An error that
+    cannot be copied is returned itself.
+    """
+    from copy import copy
+
+    try:
+        twin = copy(error)
+    except Exception:  # whatever its __reduce__ or __init__ raises, it means: not to be copied
+        return error
+    if type(twin) is not type(error):
+        return error
+    notes = getattr(error, "__notes__", None)
+    if notes is not None:
+        twin.__notes__ = list(notes)
+    twin.__cause__ = error.__cause__
+    twin.__context__ = error.__context__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)

@@ -1,7 +1,7 @@
 """The synchronous face: the only place where a caller's thread and the loop's thread meet.
 
-The order of every call: refuse what could only deadlock → check the deadline → answer by ``peek`` where a primitive can →
-hop to the loop and wait.
+The order of every call: refuse what could only deadlock → check the deadline → answer by ``peek`` where a primitive
+can → hop to the loop and wait.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import inspect
 import itertools
+import math
 import sys
 import threading
 import time
@@ -29,8 +30,8 @@ from tta_sync.exceptions import (
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, sort_arguments, step_name
 from tta_sync.runtime import generation
 from tta_sync.runtime.call import register_interrupt
+from tta_sync.runtime.loop import ManagedLoop, Totals, living_loops, managed_loop_of, stop_all
 from tta_sync.runtime.native import get_ident, threads_are_greenlets
-from tta_sync.runtime.loop import Counters, ManagedLoop, managed_loop_of
 from tta_sync.runtime.resources import OpenResources, Resource
 from tta_sync.runtime.streaming import Pipe, Stream
 
@@ -54,9 +55,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 EXIT_BUDGET = 2.0
-"""Seconds that calls in flight get to end by themselves when the interpreter exits."""
-
-_facades: list[SyncFacade] = []
+EXIT_GRACE = 1.0
+"""Seconds that calls in flight get when the interpreter exits: to end by themselves, then to clean up."""
 
 
 class _Exit:
@@ -115,7 +115,8 @@ class SyncFacade:
         use_uvloop: run on uvloop, which must be installed (``tta-sync[uvloop]``).
         pool_size: threads for ``thread_step``.
         drive: "thread" runs the loop on a thread of its own. "caller" lets the waiting caller drive it, which saves the
-            thread switch; the price is that a coroutine that blocks holds its own caller, deadline and signals included.
+            thread switch; the price is that a coroutine that blocks holds its own caller, deadline and signals
+            included.
 
     The loop starts at the first call, in whichever process makes it: building a facade at import time, preloading under
     gunicorn and forking workers are safe.
@@ -155,15 +156,14 @@ class SyncFacade:
         self.grace = grace
         self.use_uvloop = use_uvloop
         self.pool_size = pool_size
-        self._counters = Counters()
         self._peeked = itertools.count(1)
         self._peeks = 0
-        self._starting = generation.ForkSafeLock()  # guards _loop while it is replaced
-        self._loop: ManagedLoop | None = None
+        self._loop: ManagedLoop | None = None  # the latest; checked before use for generation and death
+        self._loops: dict[tuple[int, int], ManagedLoop] = {}  # by generation and how many died before; see _start
+        self._totals: dict[int, Totals] = {}  # by generation
         self._closed_in: int | None = None  # the generation in which shutdown() was called
-        _facades.append(self)
 
-    # ---- calls --------------------------------------------------------------------------------------------------------
+    # ---- calls -----------------------------------------------------------------------------------------------------
 
     def run_sync(
         self,
@@ -311,7 +311,7 @@ class SyncFacade:
             deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
         pipe: Pipe[Any] = Pipe(stream, buffer)
         call = loop.new_call(pipe.pump, args, keywords, name, deadline, limit, caller_context)
-        return Stream(loop, pipe, call, item_timeout, self.max_in_flight)
+        return Stream(self, loop, pipe, call, item_timeout, self.max_in_flight)
 
     def resource(self, factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:
         """Promise a loop-bound object that is opened once per process and closed at shutdown.
@@ -325,15 +325,16 @@ class SyncFacade:
         """Return the call's deadline on ``time.monotonic()`` and its length, both None without a limit."""
         if timeout is None:
             timeout = self.default_timeout
-        if timeout is None:
-            if own is None:
-                return None, None
-        else:
-            if timeout <= 0:
+        if timeout is not None and timeout != math.inf:
+            if not timeout > 0:
+                if timeout != timeout:
+                    raise ConfigurationError("timeout is not a number: give seconds, or None for no limit")
                 raise DeadlineExceededError(timeout)
             at = time.monotonic() + timeout
             if own is None or at < own.at:
                 return at, timeout
+        if own is None:
+            return None, None
         if own.remaining() <= 0:
             own.raise_exceeded()
         return own.at, own.seconds
@@ -351,31 +352,51 @@ class SyncFacade:
             "or call it from a thread (asyncio.to_thread)"
         )
 
-    # ---- life ---------------------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------------------------
 
     def _start(self) -> ManagedLoop:
+        """Return this process's loop, making it where there is none.
+
+        Without a lock: a signal may strike, or a finalizer call, while this thread is in here. Whoever comes first in
+        ``setdefault`` has made the loop; another one's is thrown away unstarted.
+        """
         if _exit.begun or sys.is_finalizing():
             raise LoopUnavailableError("the interpreter is exiting: no call can be run any more")
-        with self._starting:
-            loop = self._loop
-            if loop is not None and loop.generation == generation.current.number and not loop.dead:
+        _hook_exit()
+        number = generation.current.number
+        died = 0
+        while (loop := self._loops.get((number, died))) is not None:
+            if not loop.dead:
+                self._loop = loop
                 return loop
-            if self._closed_in == generation.current.number:
-                raise LoopUnavailableError("this facade was shut down: make a new SyncFacade, or shut down later")
-            _hook_exit()
-            kind: type[ManagedLoop] = ManagedLoop
-            if self.drive == "caller":
-                from tta_sync.runtime.driven import DrivenLoop
+            died += 1
+        if self._closed_in == number:
+            raise LoopUnavailableError("this facade was shut down: make a new SyncFacade, or shut down later")
+        made = self._make_loop(self._totals_of(number))
+        loop = self._loops.setdefault((number, died), made)
+        if loop is made:
+            made.start()
+            if self._closed_in == number:  # shut down meanwhile
+                made.shutdown(0.0)
+        else:
+            made.discard()
+        self._loop = loop
+        return loop
 
-                kind = DrivenLoop
-            elif threads_are_greenlets():
-                from tta_sync.runtime.gevent import GeventLoop
+    def _make_loop(self, totals: Totals) -> ManagedLoop:
+        kind: type[ManagedLoop] = ManagedLoop
+        if self.drive == "caller":
+            from tta_sync.runtime.driven import DrivenLoop
 
-                kind = GeventLoop
-            loop = kind(grace=self.grace, use_uvloop=self.use_uvloop, pool_size=self.pool_size, counters=self._counters)
-            loop.start()
-            self._loop = loop
-            return loop
+            kind = DrivenLoop
+        elif threads_are_greenlets():
+            from tta_sync.runtime.gevent import GeventLoop
+
+            kind = GeventLoop
+        return kind(grace=self.grace, use_uvloop=self.use_uvloop, pool_size=self.pool_size, totals=totals)
+
+    def _totals_of(self, number: int) -> Totals:
+        return self._totals.setdefault(number, Totals())
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """Refuse new calls, wait up to *timeout* seconds for those in flight, cancel the rest, close the resources.
@@ -383,26 +404,32 @@ class SyncFacade:
         Returns within *timeout* + grace + 1 s. Calls made afterwards raise LoopUnavailableError; in a child that is
         forked later the facade works again.
         """
-        with self._starting:
-            self._closed_in = generation.current.number
-            loop = self._loop
+        self._closed_in = generation.current.number
+        loop = self._loop
         if loop is None or loop.generation != generation.current.number or loop.dead:
             return
         if get_ident() == loop.ident:
             raise LoopUnavailableError("shutdown() was called from the loop thread: call it from another")
         loop.shutdown(timeout)
 
-    # ---- introspection ------------------------------------------------------------------------------------------------
+    def __del__(self) -> None:
+        loop = getattr(self, "_loop", None)
+        if loop is not None and loop.generation == generation.current.number and not loop.dead and not _exit.begun:
+            loop.refuse()  # nobody can call it any more
+            loop.begin_stopping(loop.grace)
+
+    # ---- introspection ---------------------------------------------------------------------------------------------
 
     def stats(self) -> FacadeStats:
         """Return the totals of this process."""
         loop = self._loop
         alive = loop is not None and loop.generation == generation.current.number
         begun = loop.begun if loop is not None and alive and not loop.dead else 0
+        totals = self._totals_of(generation.current.number)
         return FacadeStats(
-            calls=self._counters.calls + begun + self._peeks,
-            orphans=self._counters.orphans,
-            restarts=self._counters.restarts,
+            calls=totals.calls + begun + self._peeks,
+            orphans=totals.orphans,
+            restarts=totals.restarts,
             generation=generation.current.number,
             loop_lag=loop.watchdog.lag if loop is not None and alive else 0.0,
         )
@@ -414,7 +441,7 @@ class SyncFacade:
             return []
         now = time.monotonic()
         threads = {thread.ident: thread.name for thread in threading.enumerate()}
-        calls = sorted(loop.calls.copy() | loop.orphans.copy(), key=lambda call: call.started)
+        calls = sorted({*loop.calls, *loop.orphans}, key=lambda call: call.started)
         return [
             CallRecord(
                 name=call.name or "a call",
@@ -458,7 +485,7 @@ def _opened_here() -> OpenResources | None:
     return None if managed is None else managed.resources
 
 
-# ---- exit -------------------------------------------------------------------------------------------------------------
+# ---- exit ----------------------------------------------------------------------------------------------------------
 
 
 def _hook_exit() -> None:
@@ -491,12 +518,10 @@ def _at_exit() -> None:
             previous(args)
 
     threading.excepthook = quiet
-    end = time.monotonic() + EXIT_BUDGET
-    for facade in _facades:
-        facade.shutdown(max(0.0, end - time.monotonic()))
+    stop_all(living_loops(), EXIT_BUDGET, EXIT_GRACE)
 
 
-# ---- the default facade -------------------------------------------------------------------------------------------------
+# ---- the default facade --------------------------------------------------------------------------------------------
 
 _default = SyncFacade()
 

@@ -9,9 +9,10 @@ Who owns what:
 * ``work``: appended by the loop thread, taken by the caller's thread (deque operations are atomic).
 * ``left``: written by the caller's thread when it stops waiting.
 
-The caller waits on a raw lock used as a binary semaphore. A wake-up is only a hint, "something changed: look at ``done``
-and ``work``", so a spurious one does no harm and one lock serves all calls of a thread, nested ones too. A raw lock is
-used because it is the only waiting primitive that a signal's exception may leave at any point in a sound state.
+The caller waits on a raw lock used as a binary semaphore. A wake-up is only a hint, "something changed: look at
+``done`` and ``work``", so a spurious one does no harm and one lock serves all calls of a thread, nested ones too. A
+raw lock is used because it is the only waiting primitive that a signal's exception may leave at any point in a sound
+state.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Call:
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run *fn* on the caller's thread: :class:`tta_sync.context.Caller`. Loop thread only."""
-        if self.left or self.done:
+        if self.has_left() or self.done:
             raise NoCallerError(_NO_CALLER)
         loop = asyncio.get_running_loop()
         if self.deadline is not None and self.timer is None:
@@ -107,7 +108,7 @@ class Call:
             self.work = deque()
         self.work.append(work)
         self.wake()
-        if self.left and work.claim():  # it left between the check above and the append: nobody will take this
+        if self.has_left() and work.claim():  # between the check above and the append: nobody will take this
             raise NoCallerError(_NO_CALLER)
         try:
             result: T = await work.future
@@ -115,6 +116,10 @@ class Call:
             work.claim()  # one that has not been started never will be; one that runs cannot be stopped
             raise
         return result
+
+    def has_left(self) -> bool:
+        """Say whether the caller waits no more. Any thread; the answer may be different a moment later."""
+        return self.left
 
     def wake(self) -> None:
         """Make the caller look. Any thread."""
@@ -137,9 +142,13 @@ class Call:
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         """Hand the outcome to the caller. Loop thread only, or whoever buries a dead loop."""
+        if self.deadline is not None and self.why is None and time.monotonic() >= self.deadline:
+            self.why = DEADLINE  # the caller has not looked yet: a coroutine held the interpreter's lock past its time
         self.result = result
         self.error = error
         self.done = True
+        if self.left:
+            self.loop.orphans.discard(self)
         if self.timer is not None:
             self.timer.cancel()
         try:

@@ -1,11 +1,12 @@
 """The managed loop without a hop: the waiting caller drives the shared loop itself.
 
-One loop, one baton. Whoever holds the baton drives; a caller that finds it free takes it, runs the loop until its own call
-is done or needs it, and passes it on: to a caller that waits, else to nobody. A standby thread takes a baton that has lain
-for some milliseconds while the loop has business, so that background tasks and keep-alives go on when nobody calls.
+One loop, one baton. Whoever holds the baton drives; a caller that finds it free takes it, runs the loop until its own
+call is done or needs it, and passes it on: to a caller that waits, else to nobody. A standby thread takes a baton
+that has lain for some milliseconds while the loop has business, so that background tasks and keep-alives go on when
+nobody calls.
 
-A call that finds the baton free costs no thread switch, and beside a CPU-bound thread no wait for the interpreter's lock.
-The price: a coroutine that blocks holds its own caller, deadline and signals included.
+A call that finds the baton free costs no thread switch, and beside a CPU-bound thread no wait for the interpreter's
+lock. The price: a coroutine that blocks holds its own caller, deadline and signals included.
 
 Who owns what, beyond loop.py: the holder of the baton owns everything that loop.py calls "the loop thread only", and
 ``driver`` and ``ident``. The baton is a dict entry with the holder's thread in it, not a lock: a signal's exception may
@@ -14,7 +15,6 @@ strike between taking a lock and noting that one has it, but never hides who hol
 
 from __future__ import annotations
 
-import _signal
 import asyncio
 import os
 import signal
@@ -35,14 +35,11 @@ POLL = 0.02
 DOZE = 0.5
 """Seconds between two looks of the standby driver: while calls come and go, and when nothing has happened for long."""
 
-_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in (
-        "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCHLD SIGCONT SIGTSTP SIGXCPU SIGVTALRM SIGPROF "
-        "SIGWINCH SIGIO"
-    ).split()
-    if hasattr(signal, name)
+_NAMES = (
+    "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCHLD "
+    "SIGCONT SIGTSTP SIGXCPU SIGVTALRM SIGPROF SIGWINCH SIGIO"
 )
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES.split() if hasattr(signal, name))
 
 
 class DrivenCall(Call):
@@ -84,10 +81,10 @@ class DrivenLoop(ManagedLoop):
         self._failures: deque[float] = deque(maxlen=3)
         self.driver: Call | None = None
 
-    # ---- the baton ----------------------------------------------------------------------------------------------------
+    # ---- the baton -------------------------------------------------------------------------------------------------
 
     def _take(self) -> bool:
-        me = native.get_ident()
+        me: int = native.get_ident()
         return self._baton.setdefault("holder", me) == me
 
     def _pass_on(self) -> None:
@@ -97,7 +94,7 @@ class DrivenLoop(ManagedLoop):
         self._vacant_since = time.monotonic()
         del self._baton["holder"]
         if self.calls:
-            for call in self.calls.copy():
+            for call in list(self.calls):
                 if getattr(call, "waiting", False) and not call.done:
                     Call.wake(call)
                     return
@@ -111,7 +108,7 @@ class DrivenLoop(ManagedLoop):
         except RuntimeError:
             pass
 
-    # ---- the standby driver -------------------------------------------------------------------------------------------
+    # ---- the standby driver ----------------------------------------------------------------------------------------
 
     def _run_forever(self) -> None:
         self._set_up()
@@ -133,11 +130,11 @@ class DrivenLoop(ManagedLoop):
             self._bury()
 
     def _has_business(self) -> bool:
-        """Say whether the loop has anything to do without a caller: tasks, timers, or descriptors beside its own two."""
+        """Say whether the loop has anything to do without a caller: tasks, timers, more descriptors than its own."""
         loop: Any = self.loop
         return bool(loop._ready or loop._scheduled or len(loop._selector.get_map()) > 2 or asyncio.all_tasks(loop))
 
-    # ---- driving ------------------------------------------------------------------------------------------------------
+    # ---- driving ---------------------------------------------------------------------------------------------------
 
     def _turn(self, call: Call | None) -> None:
         """Run the loop until someone stops it. Holder of the baton only."""
@@ -170,7 +167,7 @@ class DrivenLoop(ManagedLoop):
 
         def defer(number: int, frame: FrameType | None) -> None:
             if not driving:  # a signal struck while the handlers were put back, and this one was left behind
-                _signal.signal(number, handlers[number])
+                signal.signal(number, handlers[number])
                 handlers[number](number, frame)
                 return
             deferred.append(number)
@@ -180,16 +177,16 @@ class DrivenLoop(ManagedLoop):
 
         try:
             for number in _SIGNALS:
-                handler = _signal.getsignal(number)
+                handler = signal.getsignal(number)
                 if callable(handler):
                     handlers[number] = handler
-                    _signal.signal(number, defer)
+                    signal.signal(number, defer)
             self._turn(call)
         finally:
             driving = False
             for number, handler in handlers.items():
-                if _signal.getsignal(number) is defer:  # else a coroutine has set its own
-                    _signal.signal(number, handler)
+                if signal.getsignal(number) is defer:  # else a coroutine has set its own
+                    signal.signal(number, handler)
             if deferred:
                 for number in deferred[1:]:
                     signal.raise_signal(number)  # their turn comes when this one has been dealt with
@@ -200,7 +197,7 @@ class DrivenLoop(ManagedLoop):
         if self.driver is None and self.calls and not self.refusing and self.loop.is_running():
             self.loop.stop()  # the standby driver makes room for a caller
 
-    # ---- the caller's side --------------------------------------------------------------------------------------------
+    # ---- the caller's side -----------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
         call.waiting = False  # type: ignore[attr-defined]  # a DrivenCall
@@ -218,7 +215,7 @@ class DrivenLoop(ManagedLoop):
         timer = None
         try:
             if self._take():
-                if seconds >= 0 and call.began:
+                if call.began:
                     timer = self.loop.call_later(seconds, call.wake)
                 self._drive(call)
             else:
@@ -227,17 +224,20 @@ class DrivenLoop(ManagedLoop):
                     self._armed = True
                     self._ring()
                 # A baton that is put down is offered by a wake-up; were one lost, a poll would find it.
-                call.lock.acquire(True, POLL if seconds < 0 else min(seconds, POLL))
+                call.lock.acquire(True, min(seconds, POLL))
         finally:
             call.waiting = False  # type: ignore[attr-defined]
             if timer is not None:
                 timer.cancel()
             self._pass_on()
 
-    def shutdown(self, timeout: float) -> None:
-        self.refusing = True
+    def leave(self, call: Call) -> None:
+        super().leave(call)
+        self._pass_on()
+
+    def refuse(self) -> None:
+        super().refuse()
         self._wake_standby()
-        super().shutdown(timeout)
 
 
 OUTER_EDGE.add(DrivenLoop._turn.__code__)

@@ -14,9 +14,9 @@ def forget_earlier_raises(error: BaseException, boundaries: frozenset[CodeType],
     """Cut from *error*'s traceback the frames of earlier deliveries of the same object.
 
     Python appends to the traceback of an exception object at each raise, so an object that is raised again and again (a
-    module-level constant, say) grows without end. *boundaries* are the functions that deliver to a caller: one of them in
-    the chain means an earlier delivery, unless a function of *detours* (those that run user code on another thread) came
-    before it, which makes it part of this one.
+    module-level constant, say) grows without end. *boundaries* are the functions that deliver to a caller: one of
+    them in the chain means an earlier delivery, unless a function of *detours* (those that run user code on another
+    thread) came before it, which makes it part of this one.
     """
     depth = 0
     entry = error.__traceback__

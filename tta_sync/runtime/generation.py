@@ -1,17 +1,14 @@
 """Which process this is: a number that grows with every fork.
 
-A loop thread does not survive a fork, but all that Python knows of it does: the child still sees the loop "running", its
-locks held, its descriptors shared with the parent. So whatever belongs to one process is kept together with the generation
-in which it was made, and nothing else decides whether it may be used.
+A loop thread does not survive a fork, but all that Python knows of it does: the child still sees the loop "running",
+its locks held, its descriptors shared with the parent. So whatever belongs to one process is kept together with the
+generation in which it was made, and nothing else decides whether it may be used.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
-
-from tta_sync.runtime import native
 
 _disown: list[Callable[[], object]] = []
 
@@ -38,22 +35,6 @@ def _after_fork_in_child() -> None:
 def on_fork(forget: Callable[[], object]) -> None:
     """Call *forget* in every forked child, before any other Python code of it."""
     _disown.append(forget)
-
-
-class ForkSafeLock:
-    """A lock that a child never inherits in the locked state: one raw lock per generation."""
-
-    __slots__ = ("_locks",)
-
-    def __init__(self) -> None:
-        self._locks: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        # setdefault is atomic: two threads that come first get the same lock.
-        self._locks.setdefault(current.number, native.allocate_lock()).acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._locks[current.number].release()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,7 +1,7 @@
 """The managed loop in a process that gevent has patched: the loop on a real thread, the greenlets waiting on their hub.
 
-A greenlet that waited on a real lock would stop all greenlets of its thread. So it waits for an async watcher of its hub,
-the one thing of gevent that another thread may touch.
+A greenlet that waited on a real lock would stop all greenlets of its thread. So it waits for an async watcher of its
+hub, the one thing of gevent that another thread may touch.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Life cycle: made by the facade at the first call of a process, dead when its thread ends, never used by a forked child
 (see generation.py). Who owns what:
 
-* ``_queue``, ``calls``, ``orphans``: any thread; deque and set operations used on them are atomic.
-* ``_armed``: True from the moment a caller rings the bell until the loop has emptied the queue; both sides write it, and
+* ``_queue``, ``calls``, ``orphans``: any thread; the deque, dict and set operations used on them are atomic.
+* ``_armed``: True from the moment a caller rings the bell until the loop has emptied the queue; both sides write it,
+  and
   a lost update costs one superfluous ring or one first wait of 20 ms, never a call.
 * ``resources`` and everything inside coroutines: the loop thread only.
 * ``dead``, ``stopping``: written once.
@@ -39,21 +40,26 @@ logger = logging.getLogger("tta_sync")
 FIRST_WAIT = 0.02
 """Seconds after which a caller looks whether its call has begun: a signal may have eaten the wake-up."""
 
+LOOK_AGAIN = 1.0
+"""Seconds after which a caller looks again whether its call is still carried by a living task on a living loop."""
+
 _loops: list[ManagedLoop] = []
 """Every loop of this process that has not been closed. A forked child keeps those of its parent here for good: closing
 one, or letting it be collected, would edit the epoll that it shares with the parent."""
 
 
-class Counters:
-    """What a facade counts over all its loops. Guarded by ``_lock``; none of it is on the path of a plain call."""
+class Totals:
+    """What a facade counts in one process over all its loops. Guarded by ``_lock``; not on the path of a plain call."""
 
     def __init__(self) -> None:
-        self._lock = generation.ForkSafeLock()
+        # Used by `with` only, which C code enters: a signal's exception cannot leave it held.
+        self._lock = native.allocate_lock()
         self.orphans = 0
         self.restarts = 0
         self.calls = 0  # of loops that are gone
 
     def add(self, name: str, amount: int = 1) -> None:
+        """Add *amount* to one of the counts. Any thread."""
         with self._lock:
             setattr(self, name, getattr(self, name) + amount)
 
@@ -63,11 +69,11 @@ class ManagedLoop:
 
     call_class = Call
 
-    def __init__(self, *, grace: float, use_uvloop: bool, pool_size: int, counters: Counters) -> None:
+    def __init__(self, *, grace: float, use_uvloop: bool, pool_size: int, totals: Totals) -> None:
         self.generation = generation.current.number
         self.grace = grace
-        self.counters = counters
-        self.calls: set[Call] = set()
+        self.totals = totals
+        self.calls: dict[Call, None] = {}  # a set that remembers the order of arrival
         self.orphans: set[Call] = set()
         self.begun = 0  # loop thread only
         self.stopping = False
@@ -84,11 +90,11 @@ class ManagedLoop:
         self.resources = OpenResources()
         self.watchdog = Watchdog(self)
         self._bell = -1
-        self._started = native.allocate_lock()
+        self._closing: asyncio.Task[None] | None = None
         self._ended = native.new_lock()
         _loops.append(self)
 
-    # ---- life ---------------------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------------------------
 
     def _new_loop(self, use_uvloop: bool) -> AbstractEventLoop:
         if use_uvloop:
@@ -108,11 +114,18 @@ class ManagedLoop:
         threading.Thread(target=target, name=name, daemon=True).start()
 
     def start(self) -> None:
-        """Start the thread and return when its loop turns."""
-        self._started.acquire()
-        self._spawn(self._run_forever, "tta_sync-loop")
-        self._started.acquire()
-        self.watchdog.start()
+        """Start the thread. Nobody needs to wait for it: a call can be queued before the loop turns."""
+        try:
+            self._spawn(self._run_forever, "tta_sync-loop")
+        except BaseException:  # a signal; whether the thread runs is not known, so it is told to end in any case
+            self.stopping = self.dead = True
+            self.post(self.loop.stop)
+            raise
+
+    def discard(self) -> None:
+        """Throw away a loop that was never started."""
+        self.stopping = self.dead = True
+        self._bury()
 
     def _run_forever(self) -> None:
         self.ident = native.get_ident()
@@ -136,7 +149,7 @@ class ManagedLoop:
                     break
                 if not self.stopping:
                     # Someone stopped the loop under everybody else: all that was in flight goes on.
-                    self.counters.add("restarts")
+                    self.totals.add("restarts")
         finally:
             self._bury()
 
@@ -144,22 +157,20 @@ class ManagedLoop:
         if hasattr(os, "eventfd"):
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self.loop.add_reader(self._bell, self._answer_bell)
-        self._started.release()
+        self.watchdog.start()
 
     def _bury(self) -> None:
         """End everything that still waits for this loop, which turns no more. On its own thread, as the last thing."""
         self.dead = True  # before the sweep: who comes later sees this, who came before is in `calls`
-        if self._started.locked():
-            self._started.release()
-        calls = [call for call in self.calls.copy() if not call.done]
+        calls = [call for call in list(self.calls) if not call.done]
         if not self.stopping:
-            self.counters.add("restarts")
+            self.totals.add("restarts")
             logger.error("the loop thread died with %d calls in flight", len(calls), exc_info=self.death)
             if events.bus.emit is not None:
                 events.bus.emit(events.LoopRestarted(step="loop", waiting=len(calls), error=self.death))
         for call in calls:
-            call.finish(None, self._gone())
-        self.counters.add("calls", self.begun)
+            call.finish(None, self.gone())
+        self.totals.add("calls", self.begun)
         self.watchdog.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
         try:
@@ -177,7 +188,7 @@ class ManagedLoop:
         if getattr(self, "_bell", -1) >= 0:
             os.close(self._bell)
 
-    def _gone(self) -> LoopUnavailableError:
+    def gone(self) -> LoopUnavailableError:
         if self.stopping:
             return LoopUnavailableError("the facade was shut down while this call was in flight")
         error = LoopUnavailableError("the loop thread died while this call was in flight; the next call gets a new one")
@@ -189,30 +200,37 @@ class ManagedLoop:
 
         Returns within *timeout* + grace + 1 s, whatever the calls do.
         """
+        stop_all([self], timeout, self.grace)
+
+    def refuse(self) -> None:
+        """Take no more calls. Any thread."""
         self.refusing = True
-        end = time.monotonic() + timeout
-        while self.calls and not self.dead and time.monotonic() < end:
-            time.sleep(0.002)
-        if not self.dead:
-            self.post(self._begin_stopping)
-        end = time.monotonic() + self.grace + 0.5
-        while not self._ended.acquire(True, 0.05):
-            if time.monotonic() > end:
-                # Something blocks the loop for good: its callers at least are told. The thread is a daemon.
-                self.stopping = True
-                for call in self.calls.copy():
-                    if not call.done:
-                        call.finish(None, self._gone())
-                break
-        else:
-            self._ended.release()
 
-    def _begin_stopping(self) -> None:
-        self._closing = self.loop.create_task(self._close(), name="tta_sync-shutdown")
+    def begin_stopping(self, grace: float) -> None:
+        """Cancel what runs, with *grace* seconds to clean up, close the resources, stop. Any thread; does not wait."""
+        self.post(self._begin_stopping, grace)
 
-    async def _close(self) -> None:
+    def has_ended(self, timeout: float) -> bool:
+        """Wait *timeout* seconds at most for the thread to end; say whether it has."""
+        if not self._ended.acquire(True, max(0.0, timeout)):
+            return False
+        self._ended.release()
+        return True
+
+    def desert(self) -> None:
+        """Leave a loop that something blocks for good: its callers at least are told. The thread is a daemon."""
+        self.stopping = True
+        for call in list(self.calls):
+            if not call.done:
+                call.finish(None, self.gone())
+
+    def _begin_stopping(self, grace: float) -> None:
+        if self._closing is None:
+            self._closing = self.loop.create_task(self._close(grace), name="tta_sync-shutdown")
+
+    async def _close(self, grace: float) -> None:
         self._drain()
-        for call in self.calls.copy():
+        for call in list(self.calls):
             if call.why is None:
                 call.why = STOPPED
         keep = {asyncio.current_task(), *self.resources.tasks()}
@@ -220,8 +238,8 @@ class ManagedLoop:
         for task in left_over:
             task.cancel()
         if left_over:
-            await asyncio.wait(left_over, timeout=self.grace)
-        await self.resources.close(self.grace)
+            await asyncio.wait(left_over, timeout=grace)
+        await self.resources.close(min(grace, 0.5))
         try:
             await asyncio.wait_for(self.loop.shutdown_asyncgens(), 0.2)
         except TimeoutError:
@@ -229,7 +247,7 @@ class ManagedLoop:
         self.stopping = True
         self.loop.stop()
 
-    # ---- the caller's side --------------------------------------------------------------------------------------------
+    # ---- the caller's side -----------------------------------------------------------------------------------------
 
     def new_call(
         self,
@@ -272,7 +290,7 @@ class ManagedLoop:
         """Send *call* to the loop, wait for it, and return its result: on the caller's thread."""
         calls = self.calls
         try:
-            calls.add(call)
+            calls[call] = None
             if max_in_flight is not None or self.refusing:
                 self.admit(call, max_in_flight)
             try:
@@ -287,14 +305,12 @@ class ManagedLoop:
                     if wait == 0.0:
                         break
             except BaseException:
-                # RQ's SIGALRM, Ctrl-C, SystemExit: whatever is raised in the wait ends the call and comes out as itself.
+                # RQ's SIGALRM, Ctrl-C, SystemExit: whatever is raised in the wait ends the call and comes out as
+                # itself.
                 self.abandon(call)
                 raise
         finally:
-            call.left = True
-            calls.discard(call)
-            if call.work:
-                call.refuse_work()
+            self.leave(call)
         error = call.error
         if error is None and call.why is None:
             return call.result
@@ -302,6 +318,15 @@ class ManagedLoop:
             raise self.failure(call, error)
         finally:
             call.error = error = None  # the traceback holds this frame: no cycle
+
+    def leave(self, call: Call) -> None:
+        """Wait for *call* no more."""
+        call.left = True
+        self.calls.pop(call, None)
+        if call.work:
+            call.refuse_work()
+        if not call.done:  # the grace is over, or a second interrupt cut it short
+            self.leave_orphan(call)
 
     def wait(self, call: Call, seconds: float) -> None:
         """Wait until there may be something to see about *call*, *seconds* at most; -1 is for ever."""
@@ -317,12 +342,17 @@ class ManagedLoop:
     def admit(self, call: Call, limit: int | None) -> None:
         """Refuse *call*, which is in ``calls`` already, where the loop is closing or enough others came before it."""
         if self.refusing:
+            call.done = True
             raise LoopUnavailableError("this facade was shut down: it takes no more calls")
         if limit is not None and len(self.calls) + len(self.orphans) > limit:
-            # Without a lock, which a signal could leave held: whoever came first has the lower mark.
-            mark = (call.started, id(call))
-            before = sum((other.started, id(other)) < mark for other in self.calls.copy())
+            # Without a lock, which a signal could leave held: the dict remembers who came first.
+            before = 0
+            for other in list(self.calls):
+                if other is call:
+                    break
+                before += not other.done
             if before + len(self.orphans) >= limit:
+                call.done = True  # the later ones need not count it
                 raise SaturatedError(limit)
 
     def failure(self, call: Call, error: BaseException | None) -> BaseException:
@@ -335,22 +365,22 @@ class ManagedLoop:
                 exceeded.__cause__ = error
             return exceeded
         if call.why == STOPPED and (error is None or isinstance(error, asyncio.CancelledError)):
-            return self._gone()
+            return self.gone()
         assert error is not None
         return error
 
     def look(self, call: Call) -> float:
-        """Do what there is to do while *call* is not done; return how long to wait next: -1 for ever, 0 to leave."""
+        """Do what there is to do while *call* is not done; return the seconds to wait next, 0 to leave."""
         if call.work:
             call.serve()
             if call.done:
                 return 0.0
         if self.dead:
-            call.finish(None, self._gone())
+            call.finish(None, self.gone())
             return 0.0
-        wait = -1.0
-        if not call.began:
-            self._ring()
+        wait = LOOK_AGAIN
+        if not call.began or (call.task is not None and call.task.done()):
+            self.post(self._recover, call)
             wait = FIRST_WAIT * 5
         if call.deadline is not None:
             remaining = call.deadline - time.monotonic()
@@ -360,9 +390,8 @@ class ManagedLoop:
             if call.why is not None:
                 remaining += self.grace
                 if remaining <= 0:
-                    self.leave_orphan(call, "its deadline has passed")
                     return 0.0
-            wait = remaining if wait < 0 else min(wait, remaining)
+            wait = min(wait, remaining)
         return wait
 
     def abandon(self, call: Call, why: str = INTERRUPTED) -> BaseException | None:
@@ -379,36 +408,42 @@ class ManagedLoop:
                 call.refuse_work()  # no user code runs here after the caller was told to stop
             remaining = end - time.monotonic()
             if remaining <= 0 or self.dead:
-                self.leave_orphan(call, "its caller gave it up")
                 break
             self.wait(call, min(remaining, 0.1))
         error, call.error = call.error, None
         return error
 
-    def leave_orphan(self, call: Call, reason: str) -> None:
+    def leave_orphan(self, call: Call) -> None:
+        """Leave *call* to itself: cancelled, counted, named and logged."""
+        if call.why is None:
+            call.why = INTERRUPTED
         self.orphans.add(call)
+        self.post(self.cancel, call)  # perhaps once more: a second interrupt may have come before the first time
         if call.done:  # it ended just now
             self.orphans.discard(call)
             return
-        self.counters.add("orphans")
+        self.totals.add("orphans")
         age = time.monotonic() - call.started
         name = call.name or "a call"
-        logger.warning(
-            "%s runs on as an orphan after %.1f s: %s, and it did not end within %g s of its cancellation; it is at %s",
-            name, age, reason, self.grace, self.where(call),
+        reason = "its deadline has passed" if call.why == DEADLINE else "its caller gave it up"
+        logger.log(
+            # While the process exits nobody reads this, and stderr is all that is left to print it.
+            logging.DEBUG if self.stopping or self.refusing else logging.WARNING,
+            "%s runs on as an orphan, %.1f s old: %s, and it had not ended when the wait for it did; it is %s",
+            name, age, reason, self.where(call),
         )  # fmt: skip
         if events.bus.emit is not None:
             events.bus.emit(events.CallOrphaned(step=name, reason=reason, age=age))
 
     def where(self, call: Call) -> str:
-        """Return the place in user code where *call* stands now."""
+        """Return the place in user code where *call* stands now, for people."""
         task = call.task
-        frame = None
-        if task is not None:
-            frame = innermost_user_frame(task.get_coro())
+        if task is None or not call.began:
+            return "waiting for its turn; the loop is at " + place(user_frame(running_frame(self.ident)))
+        frame = innermost_user_frame(task.get_coro())
         if frame is None or task is asyncio.current_task(self.loop):
             frame = user_frame(running_frame(self.ident)) or frame
-        return place(frame)
+        return "at " + place(frame)
 
     def post(self, callback: Callable[..., object], *args: Any) -> None:
         """Call *callback* on the loop thread, soon. A loop that is gone needs to be told nothing."""
@@ -424,7 +459,7 @@ class ManagedLoop:
         else:
             self.post(self._drain)
 
-    # ---- the loop's side ----------------------------------------------------------------------------------------------
+    # ---- the loop's side -------------------------------------------------------------------------------------------
 
     def _answer_bell(self) -> None:
         try:
@@ -463,29 +498,61 @@ class ManagedLoop:
             call.finish(None, error)
         else:
             call.finish(result, None)
-        if call.left:
-            self.orphans.discard(call)
+
+    def _recover(self, call: Call) -> None:
+        """Find a call that was lost on its way. Loop thread only."""
+        self._drain()
+        if call.done:
+            return
+        if call.task is None:  # an exception thrown into the loop thread struck between queue and task
+            self._queue.append(call)
+            self._drain()
+        elif call.task.done():  # cancelled before its first step, so that _carry never ran; or struck in its last lines
+            error = None if call.task.cancelled() else call.task.exception()
+            call.finish(None, error or asyncio.CancelledError())
 
     def cancel(self, call: Call) -> None:
+        """Give *call* up, whatever state it is in. Loop thread only."""
         self._drain()  # it may still be in the queue
         if call.done:
             return
         if call.task is None:  # the interrupt came before the call was queued
             call.finish(None, asyncio.CancelledError())
-        elif call.task.done():  # cancelled by others before its first step, so that _carry never ran
-            call.finish(None, asyncio.CancelledError())
+        elif call.task.done():
+            self._recover(call)
         else:
             call.cancel()
+
+
+def stop_all(loops: list[ManagedLoop], timeout: float, grace: float) -> None:
+    """Shut *loops* down side by side: *timeout* to finish, *grace* to clean up, and half a second to end."""
+    for managed in loops:
+        managed.refuse()
+    end = time.monotonic() + timeout
+    while any(managed.calls and not managed.dead for managed in loops) and time.monotonic() < end:
+        time.sleep(0.002)
+    for managed in loops:
+        if not managed.dead:
+            managed.begin_stopping(grace)
+    end = time.monotonic() + grace + 0.7
+    for managed in loops:
+        if not managed.has_ended(end - time.monotonic()):
+            managed.desert()
 
 
 BOUNDARIES = frozenset({ManagedLoop.conduct.__code__, Stream.__next__.__code__, Stream.close.__code__})
 DETOURS = frozenset({Call.serve.__code__, DaemonPool.work.__code__})
 
 
+def living_loops() -> list[ManagedLoop]:
+    """Return the loops of this process that have not ended."""
+    return [managed for managed in _loops if managed.generation == generation.current.number]
+
+
 def managed_loop_of(loop: AbstractEventLoop) -> ManagedLoop | None:
     """Return the ManagedLoop around *loop*, where it is one of this process's."""
-    for managed in _loops:
-        if managed.loop is loop and managed.generation == generation.current.number:
+    for managed in living_loops():
+        if managed.loop is loop:
             return managed
     return None
 

@@ -16,9 +16,9 @@ R = TypeVar("R")
 class DaemonPool(ThreadPoolExecutor):
     """A bounded pool of daemon threads.
 
-    The standard executor's threads are joined at exit, so one step that blocks for good would hold the process for good.
-    It is a ThreadPoolExecutor by type only because ``loop.set_default_executor`` asks for one; ``asyncio.to_thread`` then
-    runs here too.
+    The standard executor's threads are joined at exit, so one step that blocks for good would hold the process for
+    good. It is a ThreadPoolExecutor by type only because ``loop.set_default_executor`` asks for one;
+    ``asyncio.to_thread`` then runs here too.
     """
 
     def __init__(

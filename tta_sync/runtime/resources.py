@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
-from tta_sync.exceptions import LoopUnavailableError
+from tta_sync.exceptions import LoopUnavailableError, copy_error
 
 T = TypeVar("T")
 
@@ -22,17 +22,19 @@ logger = logging.getLogger("tta_sync")
 class _Opened:
     """One opened resource. Loop thread only."""
 
-    def __init__(self, factory: Callable[[], AbstractAsyncContextManager[Any]], name: str) -> None:
+    def __init__(self, resource: Resource[Any], on_ready: Callable[[], object]) -> None:
         self.closing = asyncio.Event()
         self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._on_ready = on_ready
         # An empty context: what is opened for the first caller must not carry that caller's variables to all others.
         self.task = asyncio.get_running_loop().create_task(
-            self._hold(factory), name=f"resource {name}", context=contextvars.Context()
+            self._hold(resource.factory), name=f"resource {resource.name}", context=contextvars.Context()
         )
 
     async def _hold(self, factory: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
         try:
             async with factory() as opened:
+                self._on_ready()
                 self.ready.set_result(opened)
                 await self.closing.wait()
         except BaseException as error:
@@ -43,7 +45,7 @@ class _Opened:
 
 
 class OpenResources:
-    """The resources that one loop has opened, in the order of opening. Loop thread only."""
+    """The resources that one loop has opened, in the order in which they became ready. Loop thread only."""
 
     def __init__(self) -> None:
         self._opened: dict[Resource[Any], _Opened] = {}
@@ -52,15 +54,22 @@ class OpenResources:
         """Return the opened object, opening it first where nobody has."""
         opened = self._opened.get(resource)
         if opened is None:
-            opened = self._opened[resource] = _Opened(resource.factory, resource.name)
-        try:
-            # Shielded: the first caller's cancellation must not take the opening from those who wait beside it.
-            result: T = await asyncio.shield(opened.ready)
-        except BaseException:
-            if opened.ready.done() and self._opened.get(resource) is opened:
-                del self._opened[resource]  # it failed: the next use tries again
-            raise
-        return result
+
+            def to_the_end() -> None:
+                # What it awaited while opening became ready before it, and must be closed after it.
+                self._opened[resource] = self._opened.pop(resource)
+
+            opened = self._opened[resource] = _Opened(resource, to_the_end)
+        # Awaited through wait(): the first caller's cancellation must not take the opening from those who wait beside
+        # it.
+        await asyncio.wait([opened.ready])
+        error = opened.ready.exception()
+        if error is None:
+            result: T = opened.ready.result()
+            return result
+        if self._opened.get(resource) is opened:
+            del self._opened[resource]  # the next use tries again
+        raise copy_error(error)
 
     def tasks(self) -> list[asyncio.Task[None]]:
         return [opened.task for opened in self._opened.values()]

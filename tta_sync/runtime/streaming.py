@@ -1,12 +1,12 @@
 """An async generator as a synchronous iterator, with a window of credit between the two.
 
-A pump on the loop fills a buffer and pauses when the consumer has not taken ``window`` items; the consumer lets it go on
-once half of them are gone. So the threads change places once per half window, not once per item.
+A pump on the loop fills a buffer and pauses when the consumer has not taken ``window`` items; the consumer lets it go
+on once half of them are gone. So the threads change places once per half window, not once per item.
 
 Who owns what: ``buffer`` is appended by the loop and taken by the consumer (atomic); ``hungry`` is set by the consumer
 before it waits and cleared by the pump before it wakes it; ``paused`` the other way round. Each side looks again after
-setting its flag, so no wake-up is lost. The pump holds the pipe, not the iterator: an iterator that nobody holds any more
-is collected, and closes the generator.
+setting its flag, so no wake-up is lost. The pump holds the pipe, not the iterator: an iterator that nobody holds any
+more is collected, and closes the generator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import AsyncIterable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tta_sync.exceptions import DeadlineExceededError
-from tta_sync.runtime.call import DEADLINE, INTERRUPTED
+from tta_sync.runtime.call import DEADLINE
 
 if TYPE_CHECKING:
     from tta_sync.runtime.call import Call
@@ -87,16 +87,23 @@ class Stream(Iterator[T]):
     """The consumer's end: iterate it, close it, or use it in a ``with`` block."""
 
     def __init__(
-        self, loop: ManagedLoop, pipe: Pipe[T], call: Call, item_timeout: float | None, max_in_flight: int | None
+        self,
+        owner: object,
+        loop: ManagedLoop,
+        pipe: Pipe[T],
+        call: Call,
+        item_timeout: float | None,
+        max_in_flight: int | None,
     ) -> None:
         self._ended = True
+        self._owner = owner  # the facade: its loop ends when nobody holds it any more
         self._loop = loop
         self._pipe = pipe
         self._call = call
         self._item_timeout = item_timeout
         pipe.call = call
         try:
-            loop.calls.add(call)
+            loop.calls[call] = None
             if max_in_flight is not None or loop.refusing:
                 loop.admit(call, max_in_flight)
             loop.submit(call)
@@ -143,7 +150,7 @@ class Stream(Iterator[T]):
                     remaining = limit - time.monotonic()
                     if remaining <= 0:
                         raise DeadlineExceededError(self._item_timeout)
-                    wait = remaining if wait < 0 else min(wait, remaining)
+                    wait = min(wait, remaining)
                 if buffer:
                     break
                 loop.wait(call, wait)
@@ -196,11 +203,8 @@ class Stream(Iterator[T]):
                 del error
 
     def _leave(self) -> None:
-        self._call.left = True
-        self._loop.calls.discard(self._call)
-        if self._call.work:
-            self._call.refuse_work()
         self._pipe.buffer.clear()
+        self._loop.leave(self._call)
 
     def __enter__(self) -> Stream[T]:
         return self
@@ -213,8 +217,9 @@ class Stream(Iterator[T]):
             return
         # Collected without close(), on whatever thread: the generator is closed, but nobody waits for it.
         self._ended = True
-        call = self._call
+        loop, call = self._loop, self._call
         if call.why is None:
-            call.why = INTERRUPTED
-        self._leave()
-        self._loop.post(self._loop.cancel, call)
+            call.why = CLOSED
+        call.left = True
+        loop.calls.pop(call, None)
+        loop.post(loop.cancel, call)

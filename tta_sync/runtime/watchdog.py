@@ -1,9 +1,9 @@
 """Notice code that blocks the loop, while it does, and say where it stands.
 
-A thread asks the loop for a sign of life every 50 ms. An answer that stays out is a suspicion, not yet a finding: beside a
-CPU-bound thread the loop may be ready and only wait for the interpreter's lock. What tells the two apart is what the loop
-thread does meanwhile: a blocking call stands still on one instruction of the user's code, a computation burns processor
-time; a starved loop does neither.
+A thread asks the loop for a sign of life every 50 ms. An answer that stays out is a suspicion, not yet a finding:
+beside a CPU-bound thread the loop may be ready and only wait for the interpreter's lock. What tells the two apart is
+what the loop thread does meanwhile: a blocking call stands still on one instruction of the user's code, a computation
+burns processor time; a starved loop does neither.
 
 Cost: two thread switches every 50 ms while calls are in flight or tasks run, nothing otherwise (the thread parks).
 """
@@ -48,13 +48,19 @@ class Watchdog:
         self.lag = 0.0
 
     def start(self) -> None:
-        """Begin to watch. The loop must be turning."""
-        self._loop._spawn(self._watch, "tta_sync-watchdog")
+        """Begin to watch. The loop must be turning.
+
+        A bare thread: threading's waits for the new one to report, and this is called on the loop thread.
+        """
+        native.start_new_thread(self._watch, ())
 
     def stop(self) -> None:
         """End the thread, soon. Any thread."""
         self._stopped = True
         self._wake()
+
+    def _has_been_stopped(self) -> bool:
+        return self._stopped
 
     def unpark(self) -> None:
         """Go on watching: there is work again. Loop thread only."""
@@ -79,7 +85,7 @@ class Watchdog:
             self._answered = 0.0
             self._loop.post(self._answer)
             self._pause.acquire(True, INTERVAL)
-            if self._stopped:
+            if self._has_been_stopped():
                 return
             if self._answered:
                 self.lag = self._answered - asked

@@ -44,28 +44,6 @@ def take(value: Any) -> Snapshot | None:
         return None
 
 
-def copy_error(error: BaseException) -> BaseException:
-    """Return *error* for one more raiser: equal in type, arguments, attributes, notes, cause and traceback so far.
-
-    An error that cannot be copied is returned itself.
-    """
-    from copy import copy
-
-    try:
-        twin = copy(error)
-    except Exception:
-        return error
-    if type(twin) is not type(error):
-        return error
-    notes = getattr(error, "__notes__", None)
-    if notes is not None:
-        twin.__notes__ = list(notes)
-    twin.__cause__ = error.__cause__
-    twin.__context__ = error.__context__
-    twin.__suppress_context__ = error.__suppress_context__
-    return twin.with_traceback(error.__traceback__)
-
-
 def _size(value: Any, depth: int = 0, budget: list[int] | None = None) -> int:
     """Estimate the bytes that *value* holds; good enough for a bound, and bounded itself."""
     budget = [10_000] if budget is None else budget
