@@ -364,7 +364,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         return (self.primitive,)
 
     def details(self) -> str:
-        return f"max_retries={self.max_retries}" if self._stop is None else f"stop={self._stop!r}"
+        return f"max_retries={self.max_retries}" if self._stop is None else f"stop={step_name(self._stop)}"
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
         kind = type(inner).strategy
@@ -470,7 +470,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         if state is not None:
             state.upcoming_sleep = max(delay, asked)
         if self._stop is not None and await _value_of(self._stop(state)):  # type: ignore[arg-type]
-            return Verdict(0.0, f"{self._stop!r} says stop")
+            return Verdict(0.0, f"{step_name(self._stop)} says stop")
         if not allowed:
             return Verdict(0.0, "the retry budget is spent")
         return fit(delay, asked, context.clock.monotonic(), cut_off(context), self.cap, isinstance(error, REJECTIONS))
@@ -483,7 +483,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         if self._retry_on is not None and not isinstance(error, self._retry_on):
             return f"{kind} is not in retry_on"
         if self._retry is not None:
-            return "" if await _value_of(self._retry(state)) else f"{self._retry!r} does not ask for it"  # type: ignore[arg-type]
+            return "" if await _value_of(self._retry(state)) else f"{step_name(self._retry)} does not ask for it"  # type: ignore[arg-type]
         if self._retry_on is None and isinstance(error, GIVE_UP):
             return f"{kind} is not mended by another attempt"
         return ""
