@@ -1,9 +1,10 @@
+# ruff: noqa: F821  # reveal_type is the checkers' own
 """Checked, never run: each reveal_type stands above the type that it must reveal."""
 
 from functools import partial
 from typing import Any
 
-from tta_sync import WorkflowContext, step
+from tta_sync import WorkflowContext, caller_step, step, thread_step
 from tta_sync.primitives import (
     ConditionalPrimitive,
     MapPrimitive,
@@ -36,6 +37,11 @@ async def double(data: int) -> int:
 
 def words(data: str, context: WorkflowContext) -> list[str]:
     return data.split()
+
+
+@step
+def flag(data: str) -> bool:
+    return bool(data)
 
 
 class Upper(WorkflowPrimitive[str, str]):
@@ -71,10 +77,14 @@ async def check(context: WorkflowContext) -> None:
     reveal_type(SequentialPrimitive([parse, half]))  # SequentialPrimitive[Any, Any]
     reveal_type(MapPrimitive(half))  # MapPrimitive[int, float]
     reveal_type(MapPrimitive(double))  # MapPrimitive[Any, Any]
-    reveal_type(ParallelPrimitive([parse, Upper()]))  # MapPrimitive[Any, Any]
-    reveal_type(ConditionalPrimitive(bool, parse))
-    reveal_type(SwitchPrimitive(str, {"a": parse}))
-    reveal_type(RouterPrimitive({"a": parse}, str) >> half)
+    reveal_type(ParallelPrimitive([parse, Upper()]))  # ParallelPrimitive[Any, Any]
+    reveal_type(ConditionalPrimitive(bool, parse))  # ConditionalPrimitive[str, int]
+    reveal_type(SwitchPrimitive(str, {"a": parse}))  # SwitchPrimitive[str, int]
+    reveal_type(RouterPrimitive({"a": parse}, str) >> half)  # SequentialPrimitive[str, float]
+    reveal_type(step(name="named")(double))  # LambdaPrimitive[int, int]
+    reveal_type(caller_step(len) >> half)  # SequentialPrimitive[Sized, float]
+    reveal_type(thread_step(idempotent=False)(words))  # ThreadPrimitive[str, list[str]]
+    reveal_type(flag >> half)  # SequentialPrimitive[str, float]
     parse >> MapPrimitive(half)  # error
     parse >> parse  # error
     half >> Upper()  # error

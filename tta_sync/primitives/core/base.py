@@ -151,6 +151,7 @@ class WorkflowPrimitive(Generic[In, Out]):
     peeks: ClassVar[bool] = False
     name: str | None = None
     runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
+    _operator: str = ""  # with which the repr joins several parts, so that brackets go round it
     strategy: ClassVar[str] = ""  # "retry", "timeout", "cache" ...: what conflict() looks at, without an import
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -576,6 +577,7 @@ else:
 
 def note(error: BaseException, text: str) -> None:
     """Add *text* to the error's notes, once: an error object that is raised again and again must not grow."""
+    text = text if len(text) <= 300 else text[:299] + "…"
     notes = getattr(error, "__notes__", None)
     if notes is None or (text not in notes and len(notes) < 20):
         error.add_note(text)

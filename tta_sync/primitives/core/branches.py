@@ -132,40 +132,52 @@ async def run_windowed(
     """
     if not total:
         return []
-    branches = _Branches(total, collect, progress)
-    tasks: dict[asyncio.Task[None], int] = {}
-    numbered = enumerate(calls)
-    # A branch must not see what an earlier one set: each task gets a copy of the variables as they are here and now.
-    variables = contextvars.copy_context()
+    window = _Window(calls, total, collect, progress)
+    for _ in range(min(limit, total)):
+        window.launch()
+    return await _end(window, window.tasks, label)
 
-    def launch() -> None:
-        for index, (name, run, data, context) in numbered:
-            task = branches.loop.create_task(
-                branches.branch(index, run, data, context), name=name, context=variables.copy()
-            )
-            tasks[task] = index
-            task.add_done_callback(ended)
-            return
 
-    def ended(task: asyncio.Task[None]) -> None:
-        index = tasks.pop(task)
-        if branches.stopping:
+class _Window(_Branches):
+    """Branches that begin when an earlier one has ended."""
+
+    __slots__ = ("calls", "tasks", "variables")
+
+    def __init__(
+        self, calls: Iterator[Call], total: int, collect: bool, progress: Callable[[int, int], None] | None
+    ) -> None:
+        super().__init__(total, collect, progress)
+        self.calls = enumerate(calls)
+        self.tasks: dict[asyncio.Task[None], int] = {}
+        # A branch must not see what an earlier one set: each gets a copy of the variables as they are here and now.
+        self.variables = contextvars.copy_context()
+
+    def launch(self) -> None:
+        following = next(self.calls, None)
+        if following is not None:
+            index, (name, run, data, context) = following
+            coroutine = self.branch(index, run, data, context)
+            task = self.loop.create_task(coroutine, name=name, context=self.variables.copy())
+            self.tasks[task] = index
+            task.add_done_callback(self.ended)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        index = self.tasks.pop(task)
+        if self.stopping:
             return
         if task.cancelled():  # before its first step: it could not report
-            branches.errors.append((index, asyncio.CancelledError()))
-            branches.wake()
-        elif not branches.waiter.done():
-            launch()
-
-    for _ in range(min(limit, total)):
-        launch()
-    return await _end(branches, tasks, label)
+            self.errors.append((index, asyncio.CancelledError()))
+            self.wake()
+        elif not self.waiter.done():
+            self.launch()
 
 
 async def _end(branches: _Branches, tasks: Iterable[asyncio.Task[None]], label: Callable[[int], str]) -> list[Any]:
     hit: BaseException | None = None
     try:
         await branches.waiter
+    except GeneratorExit:
+        raise  # dropped with its loop: there is nothing left to wait with
     except BaseException as error:
         hit = error
     if hit is None and not branches.errors:

@@ -33,6 +33,11 @@ def children_of(primitive: Primitive) -> tuple[Primitive, ...]:
     return tuple(part for part in parts if isinstance(part, WorkflowPrimitive))
 
 
+def is_unbound(step: object) -> bool:
+    """Say whether *step* waits for a chain to give it its inner step (see core.sequential)."""
+    return getattr(step, "unbound", False) is True and callable(getattr(step, "bind", None))
+
+
 def details_of(primitive: Primitive) -> str:
     """Return the options worth reading of *primitive*, as ``name=value, ...``."""
     answer = getattr(type(primitive), "details", None)
@@ -47,12 +52,14 @@ def inside(primitive: Primitive) -> Iterator[tuple[Primitive, bool]]:
     while found:
         outer, direct = found.pop()
         parts = children_of(outer)
-        direct = direct and len(parts) == 1
+        alone = sum(not is_unbound(part) for part in parts) == 1
         for part in parts:
             if id(part) not in seen:
                 seen.add(id(part))
-                yield part, direct
-                found.append((part, direct))
+                # A cache at the end of a chain is a wrapper in another spelling.
+                straight = direct and (alone or is_unbound(part))
+                yield part, straight
+                found.append((part, straight))
 
 
 def check_composition(primitive: Primitive) -> None:

@@ -122,16 +122,14 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         collect = 'on_error="collect"' if self._collect else ""
         return ", ".join(filter(None, (limit, collect)))
 
+    @property
+    def _operator(self) -> str:  # type: ignore[override]
+        return "" if self.details() or len(self.branches) == 1 else "|"
+
     def __repr__(self) -> str:
-        parts = " | ".join(f"({branch!r})" if _joined(branch) else repr(branch) for branch in self.branches)
+        parts = " | ".join(f"({branch!r})" if branch._operator else repr(branch) for branch in self.branches)
         details = self.details()
-        if details or len(self.branches) == 1:
-            return f"Parallel({parts}{details and ', ' + details})"
-        return parts
-
-
-def _joined(branch: WorkflowPrimitive[Any, Any]) -> bool:
-    return len(children_of(branch)) > 1 and (" >> " in repr(branch) or " | " in repr(branch))
+        return parts if self._operator else f"Parallel({parts}{details and ', ' + details})"
 
 
 def _open_branches(side: Any) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
 )
+from tta_sync.primitives.core.composition import is_unbound
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -46,11 +47,6 @@ class Unbound(Protocol):
         Raises:
             ConfigurationError: it has already been bound to other steps.
         """
-
-
-def is_unbound(step: object) -> bool:
-    """Say whether *step* waits for a chain to give it its inner step."""
-    return getattr(step, "unbound", False) is True and callable(getattr(step, "bind", None))
 
 
 def split(steps: tuple[Step, ...]) -> tuple[tuple[Step, ...], tuple[Step, ...], tuple[Step, ...]]:
@@ -155,10 +151,14 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
         self._runs = (self._bound._run,)
         return self._runs
 
+    @property
+    def _operator(self) -> str:  # type: ignore[override]
+        return ">>" if len(self.steps) > 1 else self.steps[0]._operator
+
     def __repr__(self) -> str:
         if len(self.steps) == 1:
             return repr(self.steps[0])
-        return " >> ".join(f"({step!r})" if _needs_brackets(step) else repr(step) for step in self.steps)
+        return " >> ".join(f"({step!r})" if step._operator else repr(step) for step in self.steps)
 
 
 def _bind(steps: tuple[Step, ...]) -> Step:
@@ -183,8 +183,3 @@ def _parts(given: Any, *, sealed: bool) -> tuple[Step, ...]:
             raise ConfigurationError(f"({step!r}) has nothing to cache: write {step!r} >> step inside the brackets")
         return (step,)
     return step.steps
-
-
-def _needs_brackets(step: Step) -> bool:
-    text = repr(step)
-    return len(step.children()) > 1 and (" | " in text or (" >> " in text and isinstance(step, SequentialPrimitive)))
