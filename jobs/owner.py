@@ -12,18 +12,21 @@ import uuid
 from pathlib import Path
 
 
-def _read(path: str) -> str | None:
+PROC = Path("/proc")  # Linux; elsewhere there is less to tell processes apart by
+
+
+def _read(name: str) -> str | None:
     try:
-        return Path(path).read_text(encoding="ascii", errors="replace")
+        return (PROC / name).read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
 
 
 def machine() -> str:
     """Name this machine, as far as process ids mean the same."""
-    boot = _read("/proc/sys/kernel/random/boot_id")
+    boot = _read("sys/kernel/random/boot_id")
     try:
-        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
+        namespace = str((PROC / "self/ns/pid").stat().st_ino)
     except OSError:
         namespace = "0"
     return f"{boot.strip() if boot else socket.gethostname()}.{namespace}".replace("/", "_")
@@ -37,9 +40,9 @@ def _began(pid: int) -> str | None:
         return None
     except PermissionError:
         return ""  # somebody else's: alive, and that is all we may know
-    stat = _read(f"/proc/{pid}/stat")
+    stat = _read(f"{pid}/stat")
     if stat is None:
-        return "" if not Path("/proc/self/stat").exists() else None
+        return None if (PROC / "self/stat").exists() else ""
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else fields[19]  # a zombie has ended; nobody has looked yet
 

@@ -79,7 +79,7 @@ class Provider:
             yield client
 
     def _prepare_tls(self) -> ssl.SSLContext | bool:
-        """Read the certificates, and load what httpx loads with its first connection: 0.2 s that the loop cannot spare."""
+        """Read the certificates, and load what the first connection would: 0.2 s that the loop cannot spare."""
         importlib.import_module("anyio._backends._asyncio")
         return httpx.create_ssl_context() if self._url.startswith("https:") else False
 

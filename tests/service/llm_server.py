@@ -16,9 +16,9 @@ SUMMARY = "A summary from the provider."
 class LLMServer:
     """An OpenAI-compatible server on 127.0.0.1; set ``mode`` at any time, read ``requests`` afterwards.
 
-    Modes: good, slow and held (hold the answer until ``release``), limited (429 with ``retry_after``), unavailable (503),
-    refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs up),
-    truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, taken before ``mode``.
+    Modes: good, slow and held (hold the answer until ``release``), limited (429 with ``retry_after``), unavailable
+    (503), refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs
+    up), truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, taken before ``mode``.
     """
 
     def __init__(self) -> None:

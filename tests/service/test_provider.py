@@ -1,4 +1,4 @@
-"""The provider: what it says is used, whatever it does wrong is answered by the local summary, in time, and truthfully."""
+"""The provider: what it says is used; whatever it does wrong, the local summary answers, in time and truthfully."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_model_may_be_called_local_when_a_provider_is_set(llm: LLMServer, make_c
 def test_local_summary_answers_in_time_when_the_provider_fails(
     client: FlaskClient, llm: LLMServer, mode: str, calls: int
 ) -> None:
-    """Whatever the provider does, the local summary is stored within the deadline; only what may pass is tried again."""
+    """Whatever it does, the local summary is stored within the deadline; only what may pass is tried again."""
     llm.mode = mode
     began = time.monotonic()
     assert_local(process(client))
