@@ -3,6 +3,7 @@
 from tta_sync.context import WorkflowContext as WorkflowContext
 from tta_sync.context import current_context as current_context
 from tta_sync.facade import SyncFacade as SyncFacade
+from tta_sync.facade import async_to_sync as async_to_sync
 from tta_sync.facade import call_sync as call_sync
 from tta_sync.facade import iterate_sync as iterate_sync
 from tta_sync.facade import resource as resource

@@ -18,7 +18,7 @@ from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from tta_sync.context import Deadline, WorkflowContext, current_caller, current_context, ports, running_context
 from tta_sync.exceptions import (
@@ -42,6 +42,7 @@ __all__ = [
     "CallRecord",
     "FacadeStats",
     "SyncFacade",
+    "async_to_sync",
     "call_sync",
     "default_facade",
     "iterate_sync",
@@ -86,13 +87,19 @@ class _Subscriptable:
 
 @dataclass(frozen=True, slots=True)
 class FacadeStats(_Subscriptable):
-    """What a facade has done since its process began. ``loop_lag`` is in seconds."""
+    """What a facade has done since its process began.
+
+    ``orphans`` are calls that were left behind because they ignored their cancellation, ``left_over`` the tasks alive
+    now that outlive the call which made them, ``restarts`` how often the loop was stopped or died under its callers.
+    ``loop_lag`` is how late the loop last answered, in seconds.
+    """
 
     calls: int
     orphans: int
     restarts: int
     generation: int
     loop_lag: float
+    left_over: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +320,24 @@ class SyncFacade:
         call = loop.new_call(pipe.pump, args, keywords, name, deadline, limit, caller_context)
         return Stream(self, loop, pipe, call, item_timeout, self.max_in_flight)
 
+    @overload
+    def async_to_sync(
+        self, awaitable: None = None, *, force_new_loop: bool = False
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, T]]: ...
+    @overload
+    def async_to_sync(
+        self, awaitable: Callable[P, Awaitable[T]], *, force_new_loop: bool = False
+    ) -> Callable[P, T]: ...
+    def async_to_sync(self, awaitable: Any = None, *, force_new_loop: bool = False) -> Any:
+        """Make a synchronous function of a coroutine function: a drop-in for :func:`asgiref.sync.async_to_sync`.
+
+        Context variables flow in and back out, ``sync_to_async`` code inside runs on the calling thread, and the
+        coroutine runs on the managed loop, where tasks left over run on. Also a decorator, with or without arguments.
+        """
+        from tta_sync.runtime import asgiref_bridge  # imports asgiref
+
+        return asgiref_bridge.async_to_sync(self, awaitable, force_new_loop=force_new_loop)
+
     def resource(self, factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:
         """Promise a loop-bound object that is opened once per process and closed at shutdown.
 
@@ -432,6 +457,7 @@ class SyncFacade:
             restarts=totals.restarts,
             generation=generation.current.number,
             loop_lag=loop.watchdog.lag if loop is not None and alive else 0.0,
+            left_over=len(loop.left_over()) if loop is not None and alive and not loop.dead else 0,
         )
 
     def in_flight(self) -> list[CallRecord]:
@@ -554,6 +580,17 @@ def iterate_sync(
 ) -> Stream[Any]:
     """Iterate an async generator on the default facade: :meth:`SyncFacade.iterate_sync`."""
     return _default.iterate_sync(source, *args, buffer=buffer, timeout=timeout, item_timeout=item_timeout, **keywords)
+
+
+@overload
+def async_to_sync(
+    awaitable: None = None, *, force_new_loop: bool = False
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, T]]: ...
+@overload
+def async_to_sync(awaitable: Callable[P, Awaitable[T]], *, force_new_loop: bool = False) -> Callable[P, T]: ...
+def async_to_sync(awaitable: Any = None, *, force_new_loop: bool = False) -> Any:
+    """Make a synchronous function of a coroutine function, as asgiref's does: :meth:`SyncFacade.async_to_sync`."""
+    return _default.async_to_sync(awaitable, force_new_loop=force_new_loop)
 
 
 def resource(factory: Callable[[], AbstractAsyncContextManager[T]]) -> Resource[T]:

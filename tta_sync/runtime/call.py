@@ -78,7 +78,7 @@ class Call:
     args: tuple[Any, ...]
     keywords: dict[str, Any] | None
     name: str | None
-    context: contextvars.Context
+    context: contextvars.Context | None  # forgotten when the call is over: it holds the call
     deadline: float | None  # time.monotonic()
     limit: float | None  # seconds, for the message
     lock: Any  # anything with acquire(blocking, timeout) and release(): gevent brings its own
@@ -149,12 +149,17 @@ class Call:
         self.done = True
         if self.left:
             self.loop.orphans.discard(self)
+            self.forget()
         if self.timer is not None:
             self.timer.cancel()
         try:
             self.lock.release()
         except RuntimeError:
             pass
+
+    def forget(self) -> None:
+        """Let go of what refers back to this call, so that no cycle waits for the collector. When all is over only."""
+        self.context = self.task = None
 
     def serve(self) -> None:
         """Do the work that the loop has posted, in order. Caller's thread only."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import gc
 import sys
 from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
@@ -97,6 +100,15 @@ def innermost_user_frame(coroutine: Any) -> FrameType | None:
             best = frame
         coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
     return best
+
+
+def context_of(task: asyncio.Task[Any]) -> contextvars.Context | None:
+    """Return the context in which *task* runs."""
+    if hasattr(task, "get_context"):  # 3.12
+        context: contextvars.Context = task.get_context()
+        return context
+    # On 3.11 the task shows it to the garbage collector only.
+    return next((held for held in gc.get_referents(task) if type(held) is contextvars.Context), None)
 
 
 def place(frame: FrameType | None) -> str:

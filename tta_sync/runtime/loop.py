@@ -29,7 +29,14 @@ from tta_sync.context import current_caller
 from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, SaturatedError
 from tta_sync.runtime import generation, native
 from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call
-from tta_sync.runtime.frames import forget_earlier_raises, innermost_user_frame, place, running_frame, user_frame
+from tta_sync.runtime.frames import (
+    context_of,
+    forget_earlier_raises,
+    innermost_user_frame,
+    place,
+    running_frame,
+    user_frame,
+)
 from tta_sync.runtime.pool import DaemonPool
 from tta_sync.runtime.resources import OpenResources
 from tta_sync.runtime.streaming import Stream
@@ -325,7 +332,9 @@ class ManagedLoop:
         self.calls.pop(call, None)
         if call.work:
             call.refuse_work()
-        if not call.done:  # the grace is over, or a second interrupt cut it short
+        if call.done:
+            call.context = call.task = None  # call.forget(), without the cost of a call
+        else:  # the grace is over, or a second interrupt cut it short
             self.leave_orphan(call)
 
     def wait(self, call: Call, seconds: float) -> None:
@@ -421,6 +430,7 @@ class ManagedLoop:
         self.post(self.cancel, call)  # perhaps once more: a second interrupt may have come before the first time
         if call.done:  # it ended just now
             self.orphans.discard(call)
+            call.forget()
             return
         self.totals.add("orphans")
         age = time.monotonic() - call.started
@@ -444,6 +454,16 @@ class ManagedLoop:
         if frame is None or task is asyncio.current_task(self.loop):
             frame = user_frame(running_frame(self.ident)) or frame
         return "at " + place(frame)
+
+    def left_over(self) -> list[asyncio.Task[Any]]:
+        """Return the tasks that outlive the call that made them. Any thread."""
+
+        def outlives(task: asyncio.Task[Any]) -> bool:
+            context = context_of(task)
+            call = None if context is None else context.get(current_caller)
+            return isinstance(call, Call) and call.done and not task.done()
+
+        return [task for task in asyncio.all_tasks(self.loop) if outlives(task)]
 
     def post(self, callback: Callable[..., object], *args: Any) -> None:
         """Call *callback* on the loop thread, soon. A loop that is gone needs to be told nothing."""

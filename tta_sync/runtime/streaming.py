@@ -205,6 +205,8 @@ class Stream(Iterator[T]):
     def _leave(self) -> None:
         self._pipe.buffer.clear()
         self._loop.leave(self._call)
+        if self._call.done:
+            self._pipe.call = None  # the pipe's pump is the call's function: no cycle
 
     def __enter__(self) -> Stream[T]:
         return self

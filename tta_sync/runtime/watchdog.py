@@ -60,7 +60,7 @@ class Watchdog:
         self._wake()
 
     def _has_been_stopped(self) -> bool:
-        return self._stopped
+        return self._stopped or self._loop.dead
 
     def unpark(self) -> None:
         """Go on watching: there is work again. Loop thread only."""
@@ -80,7 +80,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         quiet = 0
-        while not self._stopped:
+        while not self._has_been_stopped():
             asked = time.monotonic()
             self._answered = 0.0
             self._loop.post(self._answer)
@@ -101,7 +101,7 @@ class Watchdog:
                 if self._loop.calls or self._loop._queue:  # came in before it could see that we parked
                     self.parked = False
                     continue
-                while self.parked and not self._stopped:
+                while self.parked and not self._has_been_stopped():
                     self._pause.acquire()
 
     def _has_tasks(self, quiet: int) -> bool:
@@ -117,7 +117,7 @@ class Watchdog:
         instruction = -1
         seen_since = still_since = time.monotonic()
         cpu = self._cpu_time()
-        while not self._answered and not self._stopped:
+        while not self._answered and not self._has_been_stopped():
             now = time.monotonic()
             self.lag = now - asked
             if not reported:
