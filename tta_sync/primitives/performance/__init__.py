@@ -1,5 +1,33 @@
-"""Answering faster: the cache."""
+"""Answering faster: the cache, its stores, and the memory of a conversation; each loads at its first use."""
 
-from tta_sync.primitives.performance.cache import CachePrimitive as CachePrimitive
+from __future__ import annotations
 
-__all__ = ["CachePrimitive"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.performance.cache import CachePrimitive as CachePrimitive
+    from tta_sync.primitives.performance.stores import CacheBackend as CacheBackend
+    from tta_sync.primitives.performance.stores import InMemoryBackend as InMemoryBackend
+    from tta_sync.primitives.performance.stores import RedisBackend as RedisBackend
+
+_HOME = {
+    "CacheBackend": "stores",
+    "CachePrimitive": "cache",
+    "InMemoryBackend": "stores",
+    "RedisBackend": "stores",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

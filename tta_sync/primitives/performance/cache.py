@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import types
+import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from hashlib import blake2b
 from marshal import dumps
 from typing import TYPE_CHECKING, Any
@@ -26,18 +29,20 @@ from tta_sync.primitives.core.base import (
     calling_form,
     step_name,
 )
-from tta_sync.primitives.performance import keys, snapshots
-from tta_sync.primitives.performance.flights import Flight, Flights
-from tta_sync.primitives.performance.stores import Entry, MemoryStore
+from tta_sync.primitives.core.composition import children_of
+from tta_sync.primitives.performance.flights import REFRESH_LIMIT, Flight, Flights
+from tta_sync.primitives.performance.in_memory import MemoryLayer
+from tta_sync.primitives.performance.keys import LONG_FORM, is_plain, prefix
+from tta_sync.primitives.performance.stores import CacheBackend, Guard, InMemoryBackend, MemoryStore, RedisBackend
 
 if TYPE_CHECKING:
     from random import Random
 
+    from tta_sync.primitives.performance.in_backend import BackendLayer
+    from tta_sync.primitives.performance.in_redis import RedisLayer
+
 _bus = events.bus
-_LONG_FORM = keys.LONG_FORM
 _DEFAULT_TTL = 3600.0
-_REFRESH_LIMIT = 30.0  # seconds that a refresh in the background may take
-_FOREVER = math.inf
 
 
 class CachePrimitive(WorkflowPrimitive[In, Out]):
@@ -45,14 +50,18 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
     Two spellings: ``CachePrimitive(step, ttl=60)`` wraps a step; without a step it stands at the head of a chain, where
     it caches all that follows (``CachePrimitive(ttl=60) >> a >> b``), or at its tail, where it caches all before it.
+    ``CachePrimitive(ttl=60) >> a >> CachePrimitive(ttl=3600, storage=redis)`` is memory over Redis over *a*.
 
     Every caller gets a copy of its own, so nobody can spoil a result for others; None is a result like any other. What
-    cannot be copied is returned and not kept.
+    cannot be copied (in Redis: what JSON cannot carry) is returned and not kept. A store that fails or hangs is passed
+    by: the step is called, and an event says so.
 
     Args:
         primitive: the step to cache.
         cache_key_fn: ``fn(data, context)`` or ``fn(data)``, the key instead of the data; the tenant is added to it.
         ttl: seconds until a result is forgotten (TTA.dev's name is *ttl_seconds*); 3600 by default.
+        storage: a ``redis.Redis`` or ``redis.asyncio.Redis`` client, or a back end (TTA.dev's name is *backend*);
+            memory by default. A client gives address and credentials: the cache opens connections of its own.
         max_size: entries kept in memory; the least recently used goes first.
         max_bytes: bytes kept in memory, about; 64 MiB by default.
         soft_ttl: seconds after which a hit still answers at once, but starts a refresh in the background.
@@ -60,10 +69,15 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         xfetch_beta: above 0, refresh early and at random, the sooner the longer the step takes; 1.0 is the paper's.
         negative_ttl: seconds for which an error of the types in *negative_for* is remembered and raised again.
         tags: names, or ``fn(data, context)`` that returns them, by which :meth:`invalidate` finds results.
-        namespace: what tells this cache's keys from those of others in the same store.
+        namespace: what tells this cache's keys from those of others in the same store; by default the names of the
+            steps that it caches.
         version: change it when the meaning of stored results changes; the old ones are not found again.
         jitter: the part of *ttl* by which it may be shortened at random, so that entries do not expire together.
         require_tenant: refuse a call whose context has no tenant.
+        secret: seals what is stored in Redis; results sealed with another secret are not believed.
+        compress_above: bytes from which results are compressed in Redis; None for never.
+        max_value_bytes: results larger than this are not stored in Redis, nor read from it.
+        max_wait: seconds for which to wait for another process's computation before beginning one's own.
         rng: the source of chance for *jitter* and *xfetch_beta*.
 
     Raises:
@@ -82,39 +96,39 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         primitive: Any = None,
         cache_key_fn: Callable[..., Any] | None = None,
         ttl_seconds: float | None = None,
+        backend: Any = None,
         *,
         ttl: float | None = None,
+        storage: Any = None,
         max_size: int = 10_000,
         max_bytes: int = 64 * 2**20,
         soft_ttl: float | None = None,
-        stale_if_error: float = 0.0,
+        stale_if_error: float | None = None,
         xfetch_beta: float = 0.0,
         negative_ttl: float | None = None,
-        negative_for: tuple[type[Exception], ...] = (),
+        negative_for: type[Exception] | tuple[type[Exception], ...] = (),
         tags: Iterable[str] | Callable[..., Iterable[str]] = (),
         namespace: str | None = None,
         version: str | int = 1,
         jitter: float = 0.1,
         require_tenant: bool = False,
+        secret: str | bytes | None = None,
+        compress_above: int | None = 1024,
+        max_value_bytes: int = 8 * 2**20,
+        max_wait: float = 30.0,
         rng: Random | None = None,
     ) -> None:
-        if ttl is not None and ttl_seconds is not None:
-            raise ConfigurationError("ttl and ttl_seconds are two names of one thing: give one of them")
-        chosen = ttl if ttl is not None else ttl_seconds
-        self.ttl = _seconds("ttl", _DEFAULT_TTL if chosen is None else chosen)
+        self.ttl = _seconds("ttl", _one_of("ttl", ttl, "ttl_seconds", ttl_seconds, _DEFAULT_TTL))
+        self.storage = _one_of("storage", storage, "backend", backend, None)
         self.soft_ttl = None if soft_ttl is None else _seconds("soft_ttl", soft_ttl)
         if self.soft_ttl is not None and self.soft_ttl >= self.ttl:
-            raise ConfigurationError(
-                f"soft_ttl={soft_ttl:g} must be below ttl={self.ttl:g}: it is when refreshing begins"
-            )
+            raise ConfigurationError(f"soft_ttl={soft_ttl:g} must be below ttl={self.ttl:g}: refreshing begins there")
         self.stale_if_error = _seconds("stale_if_error", stale_if_error or 0.0, zero=True)
         self.xfetch_beta = _seconds("xfetch_beta", xfetch_beta, zero=True)
-        if (negative_ttl is None) != (not negative_for):
-            raise ConfigurationError(
-                "negative caching needs both negative_ttl= (seconds) and negative_for= (error types)"
-            )
+        self.negative_for = negative_for if isinstance(negative_for, tuple) else (negative_for,)
+        if (negative_ttl is None) != (not self.negative_for):
+            raise ConfigurationError("negative caching needs negative_ttl= (seconds) and negative_for= (error types)")
         self.negative_ttl = None if negative_ttl is None else _seconds("negative_ttl", negative_ttl)
-        self.negative_for = tuple(negative_for)
         self.max_size = _count("max_size", max_size)
         self.max_bytes = _count("max_bytes", max_bytes)
         if not isinstance(jitter, (int, float)) or not 0 <= jitter < 1:
@@ -123,31 +137,83 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         self.namespace = namespace
         self.version = str(version)
         self.require_tenant = require_tenant
+        self.secret = secret.encode() if isinstance(secret, str) else secret
+        self.compress_above = None if compress_above is None else _count("compress_above", compress_above)
+        self.max_value_bytes = _count("max_value_bytes", max_value_bytes)
+        self.max_wait = _seconds("max_wait", max_wait)
         self.cache_key_fn = cache_key_fn
+        self.key_argument = "data" if cache_key_fn is None else "the result of cache_key_fn"
         self._key_of = _two_arguments("cache_key_fn", cache_key_fn)
-        self._tags_of: Callable[[Any, WorkflowContext], Any] | None = None
-        self._tags: frozenset[str] = frozenset()
-        if callable(tags):
-            self._tags_of = _two_arguments("tags", tags)
-        else:
-            self._tags = _tag_set(tags)
+        self._tags_of = _two_arguments("tags", tags) if callable(tags) else None
+        self._tags = frozenset() if callable(tags) else tag_set(tags)
         self._rng = rng
-        self._binding: dict[str, CachePrimitive[Any, Any]] = {}  # of an unbound cache: the one that it was bound as
-        self._clear_state()
+        # What an unbound cache was bound as; one dict, shared by all copies of it.
+        self._binding: dict[str, CachePrimitive[Any, Any]] = {}
         self.primitive: WorkflowPrimitive[Any, Any] | None = None
+        self.label = ""
+        self._store: MemoryStore | None = None
+        self._salt = b""
         if primitive is not None:
             self._attach(as_primitive(primitive))
 
-    def _clear_state(self) -> None:
-        self._store: MemoryStore | None = None
-        self._hits = self._misses = self._expirations = 0  # guarded by the store's lock
-
     def _attach(self, primitive: WorkflowPrimitive[Any, Any]) -> None:
+        """Become the cache of *primitive*, with nothing stored yet."""
         self.primitive = primitive
-        self.name = self.name or f"cache of {step_name(primitive)}"
-        self._store = MemoryStore(self.max_size, self.max_bytes)
-        self._owner = b""  # what the keys of this cache begin with, in a store that it shares
-        self._flights = Flights(self._store)
+        self.label = self.name or f"cache of {step_name(primitive)}"
+        self.hits = self.misses = self.expirations = 0  # guarded by the guard's lock
+        self._outer: weakref.WeakSet[CachePrimitive[Any, Any]] = weakref.WeakSet()
+        self._inner = primitive if isinstance(primitive, CachePrimitive) else None
+        self._layer: MemoryLayer | RedisLayer | BackendLayer
+        if self.storage is None or isinstance(self.storage, InMemoryBackend):
+            store, owner = MemoryStore(self.max_size, self.max_bytes), b""
+            if self.storage is not None:
+                store = self.storage.store
+                owner = prefix(self._claim(store.claims), self.version).encode()
+            self._store = store
+            self.guard: Guard = store
+            self._salt = owner
+            self.flights = Flights(store)
+            self._layer = MemoryLayer(self, store, owner)
+            self._layer.below = tuple(self._shared_below())
+        else:
+            self._store = None
+            self.guard = Guard()
+            self.flights = Flights(self.guard)
+            self._layer = self._shared_layer(self.storage)
+        if self._inner is not None:
+            self._inner._outer.add(self)
+
+    def _shared_layer(self, storage: Any) -> RedisLayer | BackendLayer:
+        theirs = any(base.__module__.partition(".")[0] == "redis" for base in type(storage).__mro__)
+        if theirs or isinstance(storage, RedisBackend):
+            from tta_sync.primitives.performance.in_redis import RedisLayer
+
+            return RedisLayer(self, storage, self._claim)
+        if isinstance(storage, CacheBackend) and not isinstance(storage, type):
+            from tta_sync.primitives.performance.in_backend import BackendLayer
+
+            return BackendLayer(self, storage, self._claim)
+        raise ConfigurationError(
+            f"{storage!r:.100} is no store: give redis.Redis(...), redis.asyncio.Redis(...), RedisBackend(url), "
+            "InMemoryBackend(), or an object with async get(key), set(key, value, ttl_seconds) and delete(key)"
+        )
+
+    @property
+    def has_tags(self) -> bool:
+        """Say whether results may carry tags."""
+        return bool(self._tags) or self._tags_of is not None
+
+    def _shared_below(self) -> Iterable[RedisLayer]:
+        """Yield the Redis layers of the caches that stand directly below this one."""
+        cache = self._inner
+        if cache is None:
+            return
+        from tta_sync.primitives.performance.in_redis import RedisLayer
+
+        while cache is not None:
+            if isinstance(cache._layer, RedisLayer):
+                yield cache._layer
+            cache = cache._inner
 
     # ---- standing in a chain -----------------------------------------------------------------------------------------
 
@@ -170,11 +236,10 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         if bound is None:
             candidate = copy.copy(self)
             candidate._binding = {}
-            candidate._clear_state()
             candidate._attach(inner)
             bound = self._binding.setdefault("bound", candidate)  # atomic: of two threads one wins
         assert bound.primitive is not None
-        if not _same_extent(bound.primitive, inner):
+        if not _same(_leaves(bound.primitive), _leaves(inner)):
             raise ConfigurationError(
                 f"this cache already caches {bound.primitive!r}, and now {inner!r}: "
                 "one cache has one extent; give each chain a CachePrimitive of its own"
@@ -185,7 +250,33 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         return () if self.primitive is None else (self.primitive,)
 
     def details(self) -> str:
-        return f"ttl={self.ttl:g}"
+        return f"ttl={self.ttl:g}" if self.storage is None else f"ttl={self.ttl:g}, storage={_named(self.storage)}"
+
+    def _claim(self, claims: dict[Any, Any]) -> str:
+        """Return this cache's namespace in a store that it shares.
+
+        Raises:
+            ConfigurationError: it would share entries with another step, or might in another process.
+        """
+        assert self.primitive is not None
+        if self.namespace is not None:
+            return self.namespace
+        text = describe(self.primitive)
+        if "<locals>" in text or "<lambda>" in text or "functools.partial" in text:
+            raise ConfigurationError(
+                f"{text} has no name that is the same in every process: "
+                "give the cache namespace=..., or define the step at the top of a module"
+            )
+        leaves = _leaves(self.primitive)
+        known = claims.setdefault(text, _references(leaves))  # atomic: of two threads one is first
+        theirs = [reference() for reference in known]
+        if any(leaf is None for leaf in theirs):
+            claims[text] = _references(leaves)  # the other one is gone
+        elif not _same(leaves, theirs):
+            raise ConfigurationError(
+                f"two different steps are called {text}, and would share their entries: give each cache namespace=..."
+            )
+        return text
 
     # ---- answering ---------------------------------------------------------------------------------------------------
 
@@ -194,32 +285,34 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         store = self._store
         if store is None:
             return MISS
-        known: Any = data if self._key_of is None else self._key_of(data, context)
+        known: Any = data
         try:
+            if self._key_of is not None:
+                known = self._key_of(data, context)
             form = dumps(known, 2)
-        except ValueError:
+        except Exception:  # not to be marshalled, or the user's key function fails: the long way will tell
             return MISS
         if context.tenant is not None:
             form += dumps(context.tenant, 2)
-        if len(form) >= _LONG_FORM:
+        if len(form) >= LONG_FORM:
             form = blake2b(form, digest_size=16).digest()
-        entry = store.forms.get(form)
+        entry = store.forms.get(self._salt + form if self._salt else form)
         if entry is None or context.clock.monotonic() >= entry.fresh_until:
             return MISS
-        if entry.verify and not keys.is_plain(known):
+        if entry.verify and not is_plain(known):
             return MISS
         with store.lock:
             try:
                 store.entries.move_to_end(entry.key)
             except KeyError:
                 return MISS  # dropped a moment ago
-            self._hits += 1
+            self.hits += 1
         state = context.state
         state["cache_hits"] = state.get("cache_hits", 0) + 1
         if entry.degraded:
             context.mark_degraded()
         if _bus.emit is not None:
-            _bus.emit(events.CacheHit(step=self.name or "", correlation_id=context.correlation_id))
+            self.emit_hit(context, "memory", stale=False)
         load = entry.load
         return entry.stored if load is None else load(entry.stored)
 
@@ -227,181 +320,48 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         value = self.peek(data, context)
         if value is not MISS:
             return value
-        primitive = self.primitive
-        if primitive is None:
+        if self.primitive is None:
             raise ConfigurationError(
                 "this cache has nothing to cache: write CachePrimitive(step, ttl=60) or CachePrimitive(ttl=60) >> step"
             )
-        store = self._store
-        assert store is not None
-        known = data if self._key_of is None else self._key_of(data, context)
-        key = self._key(known, context.tenant)
-        entry = self._look_up(store, key, known, context)
-        if entry is not None:
-            return await self._answer(entry, key, data, known, context)
-        if _bus.emit is not None:
-            _bus.emit(events.CacheMiss(step=self.name or "", correlation_id=context.correlation_id))
-
-        async def work(flight: Flight) -> Any:
-            return await self._compute(flight, key, known, data)
-
-        return await self._flights.share(
-            key, context, self._tags_for(data, context), self.name or "", work, lambda: primitive._run(data, context)
-        )
-
-    def _look_up(self, store: MemoryStore, key: bytes, known: Any, context: WorkflowContext) -> Entry | None:
-        """Return what answers the call without computing, and count the call."""
-        now = context.clock.monotonic()
-        state = context.state
-        with store.lock:
-            entry = store.entries.get(key)
-            if entry is not None and now < entry.expires_at:
-                self._hits += 1
-                store.entries.move_to_end(key)
-                self._alias(store, entry, known, context.tenant)
-                state["cache_hits"] = state.get("cache_hits", 0) + 1
-                return entry
-            if entry is not None:
-                if not entry.expired:
-                    entry.expired = True
-                    self._expirations += 1
-                if now >= entry.keep_until:
-                    store.drop(key)
-            self._misses += 1
-        state["cache_misses"] = state.get("cache_misses", 0) + 1
-        return None
-
-    def _alias(self, store: MemoryStore, entry: Entry, known: Any, tenant: str | None) -> None:
-        form = keys.exact_form(known, tenant)
-        # Without an exact form the entry is found by its key: a hit, only a slower one.
-        if form is not None and keys.is_plain(known):
-            store.alias(entry, form, keys.holds_bytes(known))
-
-    async def _answer(self, entry: Entry, key: bytes, data: Any, known: Any, context: WorkflowContext) -> Any:
-        stale = not entry.error and context.clock.monotonic() >= entry.fresh_until
-        if _bus.emit is not None:
-            _bus.emit(events.CacheHit(step=self.name or "", correlation_id=context.correlation_id, stale=stale))
-        if entry.error:
-            raise snapshots.copy_error(entry.stored)
-        if entry.degraded:
-            context.mark_degraded()
-        if stale:
-
-            async def work(flight: Flight) -> Any:
-                return await self._refresh(flight, key, known, data)
-
-            self._flights.begin(
-                key, context, self._tags_for(data, context), f"refresh of {self.name}", work, _REFRESH_LIMIT
+        if self.require_tenant and context.tenant is None:
+            raise ConfigurationError(
+                f"the {self.label} requires a tenant and the context has none: set WorkflowContext(tenant=...)"
             )
-        return entry.copy()
+        return await self._layer.answer(data, self.known(data, context), context)
 
-    # ---- computing ---------------------------------------------------------------------------------------------------
+    def known(self, data: Any, context: WorkflowContext) -> Any:
+        """Return what the call is known by: its data, or what the key function makes of them."""
+        return data if self._key_of is None else self._key_of(data, context)
 
-    async def _compute(self, flight: Flight, key: bytes, known: Any, data: Any) -> Any:
-        try:
-            store, primitive, context = self._store, self.primitive, flight.context
-            assert store is not None
-            assert primitive is not None
-            clock = context.clock
-            began = clock.monotonic()
-            with store.lock:
-                old = store.entries.get(key)
-            if old is not None and began < old.fresh_until:  # another loop was quicker
-                flight.snapshot = snapshots.Snapshot(old.stored, old.load, old.size)
-                return old.copy()
+    def tags_for(self, data: Any, context: WorkflowContext) -> frozenset[str]:
+        return self._tags if self._tags_of is None else tag_set(self._tags_of(data, context))
+
+    def refresh(
+        self, key: bytes, context: WorkflowContext, tags: frozenset[str], work: Callable[[Flight], Any]
+    ) -> None:
+        """Compute anew in the background, unless somebody is at it."""
+
+        async def told(flight: Flight) -> Any:
             try:
-                value = await primitive._run(data, context)
-            except Exception as error:
-                if old is not None and not old.error and clock.monotonic() < old.keep_until:
-                    return self._stand_in(flight, old)
-                self._remember_error(flight, key, known, error)
+                return await work(flight)
+            except BaseException as error:
+                self.emit_bypassed(flight.context, "memory", f"a refresh failed with {type(error).__qualname__}")
                 raise
-            flight.snapshot = snapshots.take(value)
-            if flight.snapshot is None:
-                self._bypassed(context, f"a {type(value).__qualname__} cannot be copied")
-            else:
-                self._remember(flight, key, known, flight.snapshot, clock.monotonic() - began)
-            return value
-        finally:
-            del flight  # an error's traceback leads to this frame
+            finally:
+                del flight
 
-    async def _refresh(self, flight: Flight, key: bytes, known: Any, data: Any) -> None:
-        context = flight.context
-        timer = context.clock.call_at(context.deadline.at, flight.task.cancel)  # type: ignore[union-attr]  # both set
-        try:
-            await self._compute(flight, key, known, data)
-        except BaseException as error:
-            self._bypassed(context, f"the refresh failed with {type(error).__qualname__}")
-        finally:
-            timer.cancel()
-            del flight
+        self.flights.begin(key, context, tags, f"refresh, {self.label}", told, REFRESH_LIMIT)
 
-    def _stand_in(self, flight: Flight, old: Entry) -> Any:
-        """Answer with an expired result because the step failed."""
-        flight.context.mark_degraded()
-        flight.snapshot = snapshots.Snapshot(old.stored, old.load, old.size)
-        if _bus.emit is not None:
-            _bus.emit(events.CacheHit(step=self.name or "", correlation_id=flight.context.correlation_id, stale=True))
-        return old.copy()
+    # ---- chance ------------------------------------------------------------------------------------------------------
 
-    def _remember(self, flight: Flight, key: bytes, known: Any, snapshot: snapshots.Snapshot, cost: float) -> None:
-        clock = flight.context.clock
-        now = clock.monotonic()
-        lifetime = self.ttl * (1.0 - self.jitter * self._chance()) if self.jitter else self.ttl
-        expires_at = now + lifetime
-        fresh_until = expires_at if self.soft_ttl is None else min(now + self.soft_ttl, expires_at)
-        if self.xfetch_beta:
-            # Drawn once per entry, not at each hit: single-flight leaves only processes to tell apart.
-            fresh_until = min(fresh_until, expires_at + cost * self.xfetch_beta * math.log(1.0 - self._chance()))
-        entry = Entry(
-            key,
-            snapshot,
-            fresh_until=fresh_until,
-            expires_at=expires_at,
-            keep_until=expires_at + self.stale_if_error,
-            clock=clock,
-            tags=flight.tags,
-            degraded=flight.context.degraded,
-        )
-        if self._put(flight, entry, known) and _bus.emit is not None:
-            _bus.emit(
-                events.CacheStored(step=self.name or "", correlation_id=flight.context.correlation_id, ttl=lifetime)
-            )
+    def lifetime(self) -> float:
+        """Return the ttl, shortened by the jitter."""
+        return self.ttl * (1.0 - self.jitter * self._chance()) if self.jitter else self.ttl
 
-    def _remember_error(self, flight: Flight, key: bytes, known: Any, error: Exception) -> None:
-        if self.negative_ttl is None or not isinstance(error, self.negative_for):
-            return
-        kept = snapshots.copy_error(error)
-        if kept is error:
-            return  # it cannot be copied, so it cannot be raised twice
-        kept.__traceback__ = kept.__context__ = None  # frames of a call that is over, and all that they hold
-        clock = flight.context.clock
-        expires_at = clock.monotonic() + self.negative_ttl
-        snapshot = snapshots.Snapshot(kept, None, 1000)
-        entry = Entry(
-            key,
-            snapshot,
-            fresh_until=-_FOREVER,
-            expires_at=expires_at,
-            keep_until=expires_at,
-            clock=clock,
-            tags=flight.tags,
-            error=True,
-        )
-        self._put(flight, entry, known)
-
-    def _put(self, flight: Flight, entry: Entry, known: Any) -> bool:
-        store = self._store
-        assert store is not None
-        with store.lock:
-            if flight.revoked or not store.put(entry):
-                return False
-            self._alias(store, entry, known, flight.context.tenant)
-        return True
-
-    def _bypassed(self, context: WorkflowContext, reason: str) -> None:
-        if _bus.emit is not None:
-            _bus.emit(events.CacheBypassed(step=self.name or "", correlation_id=context.correlation_id, reason=reason))
+    def early(self, expires_at: float, cost: float) -> float:
+        """Return the moment from which XFetch wants a result that took *cost* seconds to be refreshed."""
+        return expires_at + cost * self.xfetch_beta * math.log(1.0 - self._chance())
 
     def _chance(self) -> float:
         if self._rng is None:
@@ -410,82 +370,121 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
             self._rng = Random()  # noqa: S311  # spreads load, keeps no secret
         return self._rng.random()
 
-    # ---- keys --------------------------------------------------------------------------------------------------------
-
-    def _key(self, known: Any, tenant: str | None) -> bytes:
-        if tenant is None and self.require_tenant:
-            raise ConfigurationError(
-                f"{self.name} requires a tenant and the context has none: set WorkflowContext(tenant=...)"
-            )
-        argument = "data" if self._key_of is None else "the result of cache_key_fn"
-        return self._owner + keys.prefix(tenant).encode() + keys.digest(known, argument)
-
-    def _tags_for(self, data: Any, context: WorkflowContext) -> frozenset[str]:
-        return self._tags if self._tags_of is None else _tag_set(self._tags_of(data, context))
-
     # ---- invalidation ------------------------------------------------------------------------------------------------
 
     def invalidate(self, data: Any = None, *, tags: Iterable[str] = (), tenant: str | None = None) -> None:
         """Forget the result for *data*, or all results that carry one of *tags*; in effect on return.
 
-        A computation that has begun before is not stored, and no later caller joins it. The tenant is *tenant*, else
-        that of the current context. On an unbound cache this means the chain that it stands in.
-        """
-        cache = self._acting()
-        if cache is not None:
-            cache._forget(data, _tag_set(tags), tenant)
+        What the caches directly above and below this one know of it is forgotten, too, and in Redis also in the memory
+        of other processes. A computation that has begun before is not stored, and no later caller joins it. The tenant
+        is *tenant*, else that of the current context. On an unbound cache this means the chain that it stands in.
 
-    def clear_cache(self) -> None:
-        """Forget all results of this cache, of every tenant; in effect on return."""
-        cache = self._acting()
-        if cache is not None:
-            store = cache._store
-            assert store is not None
-            with store.lock:
-                store.drop_all(cache._owner)
-                cache._flights.revoke_all()
+        Raises:
+            ConnectionError: Redis cannot be reached; the memory of this process was cleared.
+            LoopUnavailableError: called on a loop with a cache in Redis: await :meth:`ainvalidate` there.
+        """
+        steps = self._forgetting(data, tag_set(tags), tenant)
+        self._at_once(steps, "invalidate")
 
     async def ainvalidate(self, data: Any = None, *, tags: Iterable[str] = (), tenant: str | None = None) -> None:
         """Do what :meth:`invalidate` does, on the loop."""
-        self.invalidate(data, tags=tags, tenant=tenant)
+        await self._in_turn(self._forgetting(data, tag_set(tags), tenant))
+
+    def clear_cache(self) -> None:
+        """Forget all results of this cache, of every tenant, and what caches directly above know; in effect on return.
+
+        Raises:
+            ConnectionError: Redis cannot be reached; the memory of this process was cleared.
+            LoopUnavailableError: called on a loop with a cache in Redis: await :meth:`aclear_cache` there.
+        """
+        self._at_once(self._clearing(), "clear_cache")
 
     async def aclear_cache(self) -> None:
         """Do what :meth:`clear_cache` does, on the loop."""
-        self.clear_cache()
+        await self._in_turn(self._clearing())
 
-    def _forget(self, data: Any, tags: frozenset[str], tenant: str | None) -> None:
-        store = self._store
-        assert store is not None
-        key = None
-        if data is not None or not tags:
-            current = current_context()
-            if current is None or (tenant is not None and tenant != current.tenant):
-                current = WorkflowContext(tenant=tenant)
-            key = self._key(data if self._key_of is None else self._key_of(data, current), current.tenant)
-        with store.lock:
-            if key is not None:
-                store.drop(key)
-                self._flights.revoke(key)
+    def _forgetting(self, data: Any, tags: frozenset[str], tenant: str | None) -> list[Callable[[], Any]]:
+        acting = self._acting()
+        if acting is None:
+            return []
+        by_key = data is not None or not tags
+        context = current_context()
+        if context is None or (tenant is not None and tenant != context.tenant):
+            context = WorkflowContext(tenant=tenant)
+        steps: list[Callable[[], Any]] = []
+        for cache in acting._stack():
+            if by_key:
+                key = cache._layer.key(cache.known(data, context), context.tenant)
+                steps.append(partial(cache._layer.forget_key, key))
             if tags:
-                store.drop_tags(tags, self._owner)
-                self._flights.revoke_tags(tags)
+                steps.append(partial(cache._layer.forget_tags, tags))
+        return steps
+
+    def _clearing(self) -> list[Callable[[], Any]]:
+        acting = self._acting()
+        return [] if acting is None else [cache._layer.forget_all for cache in (acting, *acting._above())]
+
+    def _at_once(self, steps: list[Callable[[], Any]], name: str) -> None:
+        acting = self._acting()
+        if acting is None:
+            return
+        if any(not isinstance(cache._layer, MemoryLayer) for cache in acting._stack()):
+            from tta_sync.primitives.performance.in_redis import from_sync
+
+            from_sync(lambda: self._in_turn(steps), f"{name}()", f"await cache.a{name}(...)")
+        else:
+            for step in steps:
+                step()
+
+    async def _in_turn(self, steps: list[Callable[[], Any]]) -> None:
+        """Do all *steps*, also when one fails; then raise the first error."""
+        failed: ConnectionError | None = None
+        for step in steps:
+            try:
+                answer = step()
+                if inspect.isawaitable(answer):
+                    await answer
+            except ConnectionError as error:
+                failed = failed or error
+        if failed is not None:
+            acting = self._acting()
+            assert acting is not None
+            for memory in acting.memories_above():
+                memory.forget_all()  # who knows what else was not heard of
+            raise failed
+
+    def memories_above(self) -> list[MemoryLayer]:
+        """Return the memory of this cache and of those directly above it."""
+        return [cache._layer for cache in (self, *self._above()) if isinstance(cache._layer, MemoryLayer)]
+
+    def _above(self) -> list[CachePrimitive[Any, Any]]:
+        """Return the caches that this one is directly inside of, the next one first."""
+        found = list(self._outer)
+        return found + [further for cache in found for further in cache._above()]
+
+    def _stack(self) -> list[CachePrimitive[Any, Any]]:
+        """Return the caches directly below this one, itself, and those directly above: the innermost first."""
+        below: list[CachePrimitive[Any, Any]] = []
+        cache = self._inner
+        while cache is not None:
+            below.insert(0, cache)
+            cache = cache._inner
+        return [*below, self, *self._above()]
 
     def _acting(self) -> CachePrimitive[Any, Any] | None:
         """Return the cache that holds the results: this one, or the one that it was bound as; None if there is none."""
         return self if self.primitive is not None else self._binding.get("bound")
 
-    # ---- statistics --------------------------------------------------------------------------------------------------
+    # ---- statistics and events ---------------------------------------------------------------------------------------
 
     def get_stats(self) -> dict[str, Any]:
-        """Return size, hits, misses, expirations, and hit_rate in percent, as TTA.dev does."""
+        """Return size (entries in memory), hits, misses, expirations, and hit_rate in percent, as TTA.dev does."""
         cache = self._acting()
         if cache is None:
             return {"size": 0, "hits": 0, "misses": 0, "expirations": 0, "hit_rate": 0.0}
-        store = cache._store
-        assert store is not None
-        with store.lock:
-            hits, misses, expirations = cache._hits, cache._misses, cache._expirations
-            size = store.count(cache._owner)
+        with cache.guard.lock:
+            hits, misses, expirations = cache.hits, cache.misses, cache.expirations
+            size = 0 if cache._store is None else cache._store.count(cache._salt)
         rate = round(100.0 * hits / (hits + misses), 2) if hits + misses else 0.0
         return {"size": size, "hits": hits, "misses": misses, "expirations": expirations, "hit_rate": rate}
 
@@ -497,14 +496,105 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
     def evict_expired(self) -> int:
         """Drop from memory what has expired, without waiting for its next call; return how many entries went."""
         cache = self._acting()
-        if cache is None:
+        if cache is None or cache._store is None:
             return 0
-        store = cache._store
-        assert store is not None
-        with store.lock:
-            gone, counted = store.drop_expired(cache._owner)
-            cache._expirations += gone - counted
+        with cache._store.lock:
+            gone, counted = cache._store.drop_expired(cache._salt)
+            cache.expirations += gone - counted
         return gone
+
+    def count_hit(self, context: WorkflowContext, layer: str, stale: bool) -> None:
+        with self.guard.lock:
+            self.hits += 1
+        context.state["cache_hits"] = context.state.get("cache_hits", 0) + 1
+        self.emit_hit(context, layer, stale)
+
+    def count_miss(self, context: WorkflowContext, layer: str, reason: str) -> None:
+        with self.guard.lock:
+            self.misses += 1
+        context.state["cache_misses"] = context.state.get("cache_misses", 0) + 1
+        if _bus.emit is not None:
+            _bus.emit(
+                events.CacheMiss(step=self.label, correlation_id=context.correlation_id, layer=layer, reason=reason)
+            )
+
+    def emit_hit(self, context: WorkflowContext, layer: str, stale: bool) -> None:
+        if _bus.emit is not None:
+            _bus.emit(events.CacheHit(step=self.label, correlation_id=context.correlation_id, layer=layer, stale=stale))
+
+    def emit_stored(self, context: WorkflowContext, layer: str, ttl: float) -> None:
+        if _bus.emit is not None:
+            _bus.emit(events.CacheStored(step=self.label, correlation_id=context.correlation_id, layer=layer, ttl=ttl))
+
+    def emit_bypassed(self, context: WorkflowContext, layer: str, reason: str) -> None:
+        if _bus.emit is not None:
+            _bus.emit(
+                events.CacheBypassed(step=self.label, correlation_id=context.correlation_id, layer=layer, reason=reason)
+            )
+
+
+# ---- what a cache is over -------------------------------------------------------------------------------------------
+
+
+def describe(primitive: WorkflowPrimitive[Any, Any]) -> str:
+    """Return the qualified names of the steps inside, the same in every process that runs the same code."""
+    if isinstance(primitive, LambdaPrimitive):
+        return _qualified(primitive.func)
+    parts = children_of(primitive)
+    if not parts:
+        foreign = getattr(primitive, "foreign", None)
+        return _qualified(type(primitive if foreign is None else foreign))
+    inside = ">".join(map(describe, parts))
+    return inside if isinstance(primitive, CachePrimitive) else f"{type(primitive).__name__}({inside})"
+
+
+def _qualified(thing: Any) -> str:
+    if not hasattr(thing, "__qualname__"):  # a partial, or an object with __call__
+        thing = type(thing)
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _leaves(primitive: WorkflowPrimitive[Any, Any]) -> list[Any]:
+    """Return the users' own functions and objects inside, which stay the same where wrappers are made anew."""
+    if isinstance(primitive, LambdaPrimitive):
+        return [primitive.func]
+    parts = children_of(primitive)
+    if not parts:
+        return [getattr(primitive, "foreign", primitive)]
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    if len(ours) != len(theirs):
+        return False
+    # A bound method is a new object each time it is looked up.
+    return all(a is b or (type(a) is types.MethodType and a == b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _references(leaves: list[Any]) -> list[Callable[[], Any]]:
+    return [_reference(leaf) for leaf in leaves]
+
+
+def _reference(leaf: Any) -> Callable[[], Any]:
+    if type(leaf) is types.MethodType:
+        return weakref.WeakMethod(leaf)
+    try:
+        return weakref.ref(leaf)
+    except TypeError:  # an object without a slot for references: held, so that its identity means something
+        return lambda: leaf
+
+
+def _named(storage: Any) -> str:
+    return type(storage).__name__
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def _one_of(name: str, value: Any, other: str, alternative: Any, default: Any) -> Any:
+    if value is not None and alternative is not None:
+        raise ConfigurationError(f"{name} and {other} are two names of one thing: give one of them")
+    return value if value is not None else default if alternative is None else alternative
 
 
 def _seconds(name: str, value: Any, zero: bool = False) -> float:
@@ -531,23 +621,10 @@ def _two_arguments(name: str, function: Any) -> Callable[[Any, WorkflowContext],
     return form if two else lambda data, context: form(data)
 
 
-def _tag_set(tags: Iterable[str]) -> frozenset[str]:
+def tag_set(tags: Iterable[str]) -> frozenset[str]:
+    """Return *tags* as a set; one name alone is one tag."""
     tags = (tags,) if isinstance(tags, str) else tuple(tags)
     for tag in tags:
-        if not isinstance(tag, str) or not tag:
+        if not isinstance(tag, str) or not tag or "\0" in tag:
             raise ConfigurationError(f"tag {tag!r} is not a name: tags are non-empty strings")
     return frozenset(tags)
-
-
-def _same_extent(one: WorkflowPrimitive[Any, Any], other: WorkflowPrimitive[Any, Any]) -> bool:
-    ours, theirs = _parts(one), _parts(other)
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-
-def _parts(primitive: WorkflowPrimitive[Any, Any]) -> tuple[Any, ...]:
-    steps = getattr(primitive, "steps", None)
-    if isinstance(steps, tuple):
-        return tuple(part for step in steps for part in _parts(step))
-    if type(primitive) is LambdaPrimitive:
-        return (primitive.func,)  # made anew each time the function stands in a chain
-    return (primitive,)

@@ -11,9 +11,9 @@ import asyncio
 import copy
 import math
 import os
-import threading
 from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 from tta_sync.context import (
     Deadline,
@@ -25,9 +25,11 @@ from tta_sync.context import (
     running_context,
     time_limit,
 )
-from tta_sync.exceptions import DeadlineExceededError, NoCallerError
+from tta_sync.exceptions import DeadlineExceededError, NoCallerError, copy_error
 from tta_sync.primitives.performance import snapshots
+from tta_sync.primitives.performance.stores import Guard
 
+REFRESH_LIMIT = 30.0  # seconds that a computation in the background may take
 _A_DAY = 86_400.0  # stands for "no deadline" where one has to be a number that every timer can take
 
 
@@ -72,6 +74,7 @@ class Flight:
         "state",
         "tags",
         "task",
+        "trace",
         "value",
         "waiters",
     )
@@ -88,6 +91,7 @@ class Flight:
         self.task: asyncio.Task[None] | None = None
         self.value: Any = None
         self.error: BaseException | None = None
+        self.trace: TracebackType | None = None  # as it was when the flight failed: each raise adds to an error's own
         self.snapshot: snapshots.Snapshot | None = None
         # The computation works on a context of its own: it may outlive the call that began it.
         self.context = copy.copy(context)
@@ -135,12 +139,6 @@ Work = Callable[[Flight], Coroutine[Any, Any, Any]]
 Alone = Callable[[], Coroutine[Any, Any, Any]]
 
 
-class Guard(Protocol):
-    """Whoever owns the lock, which a fork replaces."""
-
-    lock: threading.Lock
-
-
 class Flights:
     """The flights of one cache, at most one per key."""
 
@@ -173,9 +171,9 @@ class Flights:
                         return await alone()
                     return flight.snapshot.copy()
                 if leads:
-                    raise error
+                    raise error.with_traceback(flight.trace)
                 if not self._was_the_leaders(error, context):
-                    raise snapshots.copy_error(error)
+                    raise copy_error(error).with_traceback(flight.trace)
                 # What ended the flight concerned the one who led it: the next in line takes over.
             finally:
                 error = None  # else its traceback would lead to this frame, and this frame to it
@@ -185,14 +183,14 @@ class Flights:
         self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work, limit: float
     ) -> bool:
         """Begin *work* in the background, with *limit* seconds of its own, unless somebody is at it already."""
+        flight = Flight(key, context, tags, background=True)
+        flight.context.correlation_id = context.correlation_id
+        flight.context._parent = None
+        flight.context.deadline = Deadline(context.clock.monotonic() + limit, limit, context.clock)
         with self._guard.lock:
             current = self._open.get(key)
             if current is not None and current.alive:
                 return False
-            flight = Flight(key, context, tags, background=True)
-            flight.context.correlation_id = context.correlation_id
-            flight.context._parent = None
-            flight.context.deadline = Deadline(context.clock.monotonic() + limit, limit, context.clock)
             self._open[key] = flight
             self._all.add(flight)
         self._launch(flight, name, work)
@@ -209,15 +207,21 @@ class Flights:
     def _board(self, key: Hashable, context: WorkflowContext, tags: frozenset[str]) -> tuple[Flight, Waiter, bool]:
         loop = asyncio.get_running_loop()
         waiter: Waiter = loop.create_future()
-        with self._guard.lock:
-            flight = self._open.get(key)
-            leads = flight is None or not flight.alive
-            if flight is None or leads:
-                flight = self._open[key] = Flight(key, context, tags, background=False)
-                self._all.add(flight)
-            flight.waiters.append((loop, waiter))
-            flight.extend(context)
-        return flight, waiter, leads
+        fresh: Flight | None = None
+        while True:
+            with self._guard.lock:
+                flight = self._open.get(key)
+                if flight is None or not flight.alive:
+                    flight = fresh
+                    if flight is not None:
+                        self._open[key] = flight
+                        self._all.add(flight)
+                if flight is not None:
+                    flight.waiters.append((loop, waiter))
+                    flight.extend(context)
+                    return flight, waiter, flight is fresh
+            # Not under the lock, where nothing may run that could come back here.
+            fresh = Flight(key, context, tags, background=False)
 
     async def _wait(self, flight: Flight, waiter: Waiter, context: WorkflowContext) -> None:
         deadline = context.deadline
@@ -225,7 +229,7 @@ class Flights:
         try:
             landed = await waiter
         except asyncio.CancelledError:
-            if self._leave(flight, waiter, cancel_reason()):
+            if self._leave(flight, waiter, cancel_reason(context)):
                 # As if the step had been awaited directly: its clean-up is over before the cancellation comes out.
                 assert flight.task is not None
                 await asyncio.wait((flight.task,))
@@ -245,7 +249,9 @@ class Flights:
             if flight.waiters or flight.done or flight.background:
                 return False
             self._close(flight)
-        flight.limit.reason = reason  # a breaker inside wants to know
+        if reason is not None and flight.context.deadline is not None:  # a breaker inside wants to know
+            flight.limit.struck = reason == "timeout"
+            flight.context.deadline.struck = reason == "deadline"
         task = flight.task
         if task is None:
             return False
@@ -274,8 +280,13 @@ class Flights:
     async def _fly(self, flight: Flight, work: Work) -> None:
         running_context.set(flight.context)
         time_limit.set(flight.limit)  # not that of the call which began this: others may have more time
+        timer = None
         if flight.background:
             current_caller.set(None)
+            context = flight.context
+            assert context.deadline is not None
+            assert flight.task is not None
+            timer = context.clock.call_at(context.deadline.at, flight.task.cancel)
         try:
             value = await work(flight)
             with self._guard.lock:
@@ -285,10 +296,12 @@ class Flights:
                 flight.snapshot = snapshots.take(value)
             flight.value = value
         except BaseException as error:  # also interrupts: they belong to a caller, not to the loop
-            flight.error = error
+            flight.error, flight.trace = error, error.__traceback__
             if isinstance(error, asyncio.CancelledError):
                 raise
         finally:
+            if timer is not None:
+                timer.cancel()
             self._land(flight)
             del flight  # an error's traceback leads to this frame
 
