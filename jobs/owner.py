@@ -11,7 +11,6 @@ import socket
 import uuid
 from pathlib import Path
 
-
 PROC = Path("/proc")  # Linux; elsewhere there is less to tell processes apart by
 
 

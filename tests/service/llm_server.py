@@ -18,7 +18,7 @@ class LLMServer:
 
     Modes: good, slow and held (hold the answer until ``release``), limited (429 with ``retry_after``), unavailable
     (503), refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs
-    up), truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, taken before ``mode``.
+    up), truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, before ``mode``.
     """
 
     def __init__(self) -> None:
