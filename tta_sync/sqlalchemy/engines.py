@@ -229,11 +229,21 @@ def ran_out(error: Exception) -> bool:
     return _sqlstate(original) == "57014"  # query_canceled
 
 
+_BOUNDED = "tta_sync_bounded"  # in session.info: the transaction has a statement_timeout of ours
+
+
+def unbound(session: Session) -> None:
+    """Take the limit of an earlier step off the transaction."""
+    if session.info.pop(_BOUNDED, False) and session.in_transaction():
+        session.connection().exec_driver_sql("SET LOCAL statement_timeout = DEFAULT")
+
+
 @contextmanager
 def bounded(session: Session) -> Iterator[None]:
     """Let no statement of the session run past the limit. Opens the transaction."""
     end = limit.get()
     if end is None:
+        unbound(session)
         yield
         return
     try:
@@ -244,6 +254,7 @@ def bounded(session: Session) -> Iterator[None]:
     if connection.dialect.name == "postgresql":
         milliseconds = max(1, min(2**31 - 1, int((end - time.monotonic()) * 1000)))
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+        session.info[_BOUNDED] = True
     if connection.dialect.name != "sqlite":
         yield
         return

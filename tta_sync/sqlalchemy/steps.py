@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from tta_sync.context import Caller, WorkflowContext, current_caller, cut_off
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, NoCallerError, StepTimeoutError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step_name
-from tta_sync.sqlalchemy.engines import bounded, is_transient, limit, ran_out, require_adopted
+from tta_sync.sqlalchemy.engines import bounded, is_transient, limit, ran_out, require_adopted, unbound
 from tta_sync.sqlalchemy.units import Unit, current_unit, provided_session
 
 
@@ -131,7 +131,10 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
                 return self._in_unit(unit, turn, data, context)
             session = provided_session() if self.session is None else self.session()
             require_adopted(session)
-            return self._in_session(session, turn, data, context)
+            try:
+                return self._in_session(session, turn, data, context)
+            finally:
+                _give_back(session)
         except (DBAPIError, PoolTimeoutError) as error:
             if seconds is not None and ran_out(error):
                 self._raise_timed_out(context, seconds, error)
@@ -236,6 +239,14 @@ def _undo(session: Session, savepoint: SessionTransaction) -> None:
         session.expire_all()
     except Exception:
         session.invalidate()  # the connection is beyond use, and says so to whoever tries the session next
+
+
+def _give_back(session: Session) -> None:
+    """Leave an application's session as it was found, whatever became of the step."""
+    try:
+        unbound(session)
+    except DBAPIError:
+        session.invalidate()  # the connection is gone; the step's own outcome matters more
 
 
 def _take_outcome(task: asyncio.Future[Any]) -> None:

@@ -18,7 +18,7 @@ from tta_sync import events
 from tta_sync.context import current_context
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.base import step_name
-from tta_sync.sqlalchemy.engines import BEGIN, THREAD, is_transient, require_adopted
+from tta_sync.sqlalchemy.engines import BEGIN, THREAD, is_transient, require_adopted, unbound
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +46,7 @@ class Unit:
     def session(self) -> Session:
         """The unit's session, for sync code on its thread, beside the steps."""
         session = self.open()
+        unbound(session)
         self.fresh = False
         return session
 
