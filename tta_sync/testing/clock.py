@@ -156,10 +156,13 @@ class FakeClock:
     def _next(self) -> float | None:
         """Return the moment of the earliest live timer."""
         with self._lock:
-            timers = self._timers
-            while timers and (timers[0].loop is None or timers[0].loop.is_closed()):
-                heapq.heappop(timers)
-            return timers[0].when if timers else None
+            self._drop_dead()
+            return self._timers[0].when if self._timers else None
+
+    def _drop_dead(self) -> None:
+        timers = self._timers
+        while timers and (timers[0].loop is None or timers[0].loop.is_closed()):
+            heapq.heappop(timers)
 
     def _move(self, when: float) -> None:
         with self._lock:
@@ -168,17 +171,19 @@ class FakeClock:
 
     def _fire(self) -> None:
         """Hand every due timer to its loop."""
-        while (when := self._next()) is not None and when <= self._now:
+        while True:
             with self._lock:
+                self._drop_dead()
+                if not self._timers or self._timers[0].when > self._now:
+                    return
                 timer = heapq.heappop(self._timers)
-            loop, timer.loop = timer.loop, None
-            if loop is None:
-                continue
+                loop, timer.loop = timer.loop, None
+            assert loop is not None
+            post = loop.call_soon if loop is _running() else loop.call_soon_threadsafe
             try:
-                post = loop.call_soon if loop is _running() else loop.call_soon_threadsafe
                 post(timer.callback, *timer.args, context=timer.context)
             except RuntimeError:
-                if not loop.is_closed():  # closed by its own thread since _next looked
+                if not loop.is_closed():  # else its own thread has closed it this very moment
                     raise
 
     # ---- jumping by itself --------------------------------------------------------------------------------------
