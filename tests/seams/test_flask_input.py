@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marshmallow import Schema, fields, validate
 
-from tta_sync.flask import Problem, TTASync, flatten_errors, parse_json, unsafe_strings
+from tta_sync.flask import Problem, TTASync
+from tta_sync.flask.body import parse_json, unsafe_strings
+from tta_sync.flask.problems import flatten_errors
 from tta_sync.primitives.core.base import step
 
 

@@ -1,0 +1,337 @@
+"""The extension: what it sets up in an application, the decorated view, and whose errors it answers."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+from flask import Blueprint, Flask, Response, current_app, got_request_exception, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, default_exceptions
+from werkzeug.routing import RoutingException
+
+from tta_sync.context import context_providers
+from tta_sync.exceptions import ConfigurationError, TTASyncError
+from tta_sync.flask.body import load as load_request
+from tta_sync.flask.problems import TABLE, Problem, Row, problem_of
+from tta_sync.flask.requests import RequestInfo, prepare_settings, request_context
+
+T = TypeVar("T")
+Problems = Literal["auto", "app", "blueprint"]
+
+
+class UnitOfWork(Protocol):
+    """What is asked of a unit of work: ``tta_sync.sqlalchemy.unit_of_work(Session)`` is one."""
+
+    def run(self, fn: Callable[..., T], /, *args: Any, **keywords: Any) -> T: ...
+
+
+class _State:
+    """What one application knows of its TTASync objects; ``app.extensions["tta_sync"]``."""
+
+    def __init__(self) -> None:
+        self.problems: Problems = "blueprint"
+        self.blueprints: set[str] = set()  # by name as registered
+        self.table: dict[str, Row] = dict(TABLE)
+
+    def widen(self, problems: Problems) -> None:
+        order: tuple[Problems, ...] = ("blueprint", "auto", "app")
+        self.problems = max(self.problems, problems, key=order.index)
+
+    # -- whose error is it?
+
+    def is_ours(self) -> bool:
+        """Say whether the request is for a view of ours: decorated, in a blueprint of ours, or on a URL of one."""
+        endpoint = request.endpoint
+        if endpoint is None and isinstance(request.routing_exception, MethodNotAllowed):
+            endpoint = _endpoint_for_another_method(request.routing_exception)
+        if endpoint is None:
+            return False
+        view = current_app.view_functions.get(endpoint)
+        return hasattr(view, "tta_workflow") or any(endpoint.startswith(f"{name}.") for name in self.blueprints)
+
+    def own_handler(self, error: Exception, ours: bool) -> Callable[[Any], Any] | None:
+        """Return the handler that the application itself has for *error*, however general, looked up as Flask does.
+
+        Inside our own views an application's general pages do not count: only its blueprint's, and those for a class of
+        error of its own.
+        """
+        spec = current_app.error_handler_spec
+        http = isinstance(error, HTTPException)
+        for code in (error.code, None) if isinstance(error, HTTPException) else (None,):
+            for name in (*request.blueprints, None):
+                handlers = spec.get(name, {}).get(code, {})
+                for cls in type(error).__mro__:
+                    handler = handlers.get(cls)
+                    if handler is None or handler in _HANDLERS:
+                        continue
+                    if ours and name is None and (http or cls is Exception):
+                        continue
+                    return cast("Callable[[Any], Any]", handler)
+        return None
+
+    def problem(self, error: Exception) -> Problem | None:
+        """Return *error* as a problem, or None where the table does not know it."""
+        problem = problem_of(error, self.table)
+        if problem is not None and problem.status >= 500 and not isinstance(error, HTTPException):
+            # It leaves without its text, so this is the only trace. The text of others' errors may hold what was sent.
+            said = f": {error}" if isinstance(error, TTASyncError) else ""
+            current_app.logger.warning(
+                "%s on %s [%s], correlation id %s%s",
+                type(error).__qualname__,
+                request.path,
+                request.method,
+                RequestInfo.current().id,
+                said,
+            )
+        return problem
+
+
+def _endpoint_for_another_method(error: MethodNotAllowed) -> str | None:
+    adapter = current_app.create_url_adapter(request)
+    try:
+        if adapter is not None and error.valid_methods:
+            return cast(str, adapter.match(method=next(iter(error.valid_methods)))[0])
+    except HTTPException:  # a redirect to the canonical URL, say
+        pass
+    return None
+
+
+def _wants_html() -> bool:
+    best = request.accept_mimetypes.best_match(["application/problem+json", "application/json", "text/html"])
+    return best == "text/html"
+
+
+def _passes_through(error: HTTPException) -> bool:
+    """A redirect, a response that somebody made already, Flask's own routing: not errors."""
+    return error.code is None or error.code < 400 or error.response is not None or isinstance(error, RoutingException)
+
+
+def _on_error(error: Exception) -> Any:
+    """Answer for the application, for whatever Flask found no more specific handler."""
+    state: _State = current_app.extensions["tta_sync"]
+    http = isinstance(error, HTTPException)
+    if isinstance(error, HTTPException) and _passes_through(error):
+        return error
+    ours = state.is_ours()
+    if state.problems != "app" or ours:
+        own = state.own_handler(error, ours)
+        if own is not None:
+            return current_app.ensure_sync(own)(error)
+    if ours or state.problems != "blueprint":
+        problem = state.problem(error)
+        if problem is not None:
+            if ours or state.problems == "app" or not _wants_html():
+                return problem
+            if not http:  # the right status, on whatever page the application has for it
+                page = default_exceptions[problem.status]()
+                return current_app.handle_http_exception(page)
+    if http:
+        return error
+    raise error  # to Flask, which logs it, or hands it to the tests
+
+
+_HANDLERS = (_on_error,)
+
+
+def _note_routing_error() -> Any:
+    """Answer a wrong method on one of our URLs, before the application's own page for it would."""
+    error = request.routing_exception
+    if error is not None and not _passes_through(error):
+        state: _State = current_app.extensions["tta_sync"]
+        if state.is_ours():
+            return state.problem(error)
+    return None
+
+
+def _arrive() -> Any:
+    RequestInfo.current()
+    return _note_routing_error()
+
+
+def _leave(response: Response) -> Response:
+    response.headers["X-Request-ID"] = RequestInfo.current().id
+    return response
+
+
+def _log_exception(app: Flask, exc_info: Any) -> None:
+    app.logger.error(
+        "Exception on %s [%s], correlation id %s",
+        request.path,
+        request.method,
+        RequestInfo.current().id,
+        exc_info=exc_info,
+    )
+
+
+def _async_to_sync(func: Callable[..., Any]) -> Callable[..., Any]:
+    from tta_sync.facade import async_to_sync
+
+    return async_to_sync(func)
+
+
+class TTASync:
+    """Join an application, or one blueprint, to the managed loop.
+
+    Args:
+        target: the :class:`flask.Flask` or the :class:`flask.Blueprint`; or none, and :meth:`init_app` later.
+        problems: which errors leave as problem details. "auto": all but those for which the application has a page of
+            its own and those of a client that asks for HTML. "app": all. "blueprint": those of decorated views and of
+            the blueprints given to :meth:`init_blueprint`. These two are always included.
+        unit_of_work: what each decorated view's workflow runs in, ``tta_sync.sqlalchemy.unit_of_work(Session)`` say.
+
+    The application's ``async_to_sync`` becomes ours, so its ``async def`` views run on the managed loop too.
+    """
+
+    def __init__(
+        self,
+        target: Flask | Blueprint | None = None,
+        *,
+        problems: Problems = "auto",
+        unit_of_work: UnitOfWork | None = None,
+    ) -> None:
+        if problems not in ("auto", "app", "blueprint"):
+            raise ConfigurationError(f'problems is "auto", "app" or "blueprint", not {problems!r}')
+        self.problems: Problems = problems
+        self.unit_of_work = unit_of_work
+        self._table: dict[str, Row] = {}
+        if isinstance(target, Blueprint):
+            self.init_blueprint(target)
+        elif target is not None:
+            self.init_app(target)
+
+    def init_app(self, app: Flask) -> None:
+        """Set the application up; more than once is as good as once.
+
+        Raises:
+            ConfigurationError: a TTA_ setting has a value that it cannot have.
+        """
+        self._join(app).widen(self.problems)
+
+    def init_blueprint(self, blueprint: Blueprint) -> None:
+        """Let every error of *blueprint* leave as a problem, and set up whichever application it is registered on."""
+        for code in default_exceptions:
+            # By code too: Flask asks an application's handler for a code before a blueprint's for a class.
+            if code >= 400:
+                blueprint.register_error_handler(code, _on_error)
+        blueprint.register_error_handler(HTTPException, _on_error)
+        blueprint.register_error_handler(Exception, _on_error)
+        blueprint.record(lambda setup: self._join(cast(Flask, setup.app)).blueprints.add(_registered_name(setup)))
+
+    def map_error(self, error: type[Exception], status: int, code: str, detail: str | None = None) -> None:
+        """Answer *error* with *status* and *code*; before ``init_app``."""
+        self._table[f"{error.__module__}.{error.__qualname__}"] = (status, code, detail)
+
+    def _join(self, app: Flask) -> _State:
+        state: _State | None = app.extensions.get("tta_sync")
+        if state is None:
+            prepare_settings(app)
+            state = app.extensions["tta_sync"] = _State()
+            for kind in (HTTPException, Exception):
+                if kind not in app.error_handler_spec[None][None]:
+                    app.register_error_handler(kind, _on_error)
+            app.before_request_funcs.setdefault(None, []).insert(0, _arrive)
+            app.after_request(_leave)
+            app.async_to_sync = _async_to_sync  # type: ignore[method-assign]  # Flask's own way to replace it
+            if type(app).log_exception is Flask.log_exception:
+                app.log_exception = functools.partial(_log_exception, app)  # type: ignore[method-assign]
+            if request_context not in context_providers:
+                context_providers.append(request_context)
+        state.table.update(self._table)
+        return state
+
+    def load(self, schema: Any, source: Literal["json", "query"] = "json") -> Any:
+        """Load the request's body, or its query string, with *schema*, in any view.
+
+        Raises:
+            Problem: 400 not JSON, 413 too long, 415 not declared as JSON, 422 a NUL or a lone surrogate in it.
+            marshmallow.ValidationError: it does not fit; it leaves as a 422.
+        """
+        return load_request(_instance(schema), source)
+
+    def workflow(
+        self,
+        flow: Any,
+        *,
+        load: Any = None,
+        dump: Any = None,
+        source: Literal["json", "query"] = "json",
+        status: int = 200,
+        timeout: float | None = None,
+        unit_of_work: UnitOfWork | None = None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Make a view of *flow*: load the request, run, dump the result, give it to the function for a last touch.
+
+        Args:
+            flow: any workflow.
+            load: the schema of what comes in; without one the data is the dict of the URL's arguments.
+            dump: the schema of what goes out.
+            source: where *load* reads, the JSON body or the query string.
+            status: of the answer, unless the function says otherwise.
+            timeout: seconds for the workflow, within the request's deadline.
+            unit_of_work: what the workflow runs in, instead of the extension's; it ends before the result is dumped.
+
+        The function gets the dumped result, and the URL's arguments by name; what it returns is what a view may return.
+        """
+        loads, dumps = _instance(load), _instance(dump)
+
+        def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(view)
+            def run(**url: Any) -> Any:
+                try:
+                    from tta_sync.facade import run_sync
+
+                    data = dict(url) if loads is None else load_request(loads, source)
+                    unit = unit_of_work or self.unit_of_work
+                    if unit is None:
+                        result = run_sync(flow, data, timeout=timeout)
+                    else:
+                        result = unit.run(run_sync, flow, data, timeout=timeout)
+                    if dumps is not None:
+                        result = dumps.dump(result)
+                    answer = current_app.ensure_sync(view)(result, **url)
+                except Exception as error:
+                    return _answer(error)
+                return answer if status == 200 or isinstance(answer, (tuple, Response)) else (answer, status)
+
+            run.tta_workflow = flow  # type: ignore[attr-defined]  # survives other decorators' functools.wraps
+            return run
+
+        return decorate
+
+
+def _answer(error: Exception) -> Any:
+    """Answer for a decorated view. Raises what Flask, or a handler of the application's own, should see."""
+    state: _State | None = current_app.extensions.get("tta_sync")
+    if state is None:
+        raise ConfigurationError(
+            "this application does not know TTASync: call tta.init_app(app), or build TTASync(blueprint)"
+        ) from error
+    if isinstance(error, HTTPException) and _passes_through(error):
+        raise error
+    if state.own_handler(error, ours=True) is not None:
+        raise error
+    problem = state.problem(error)
+    if problem is not None:
+        return problem
+    propagate = current_app.config["PROPAGATE_EXCEPTIONS"]
+    if current_app.testing or current_app.debug if propagate is None else propagate:
+        raise error
+    # What Flask.handle_exception does, but for the application's own page for a 500.
+    got_request_exception.send(
+        current_app._get_current_object(),  # type: ignore[attr-defined]
+        _async_wrapper=current_app.ensure_sync,
+        exception=error,
+    )
+    current_app.log_exception(sys.exc_info())
+    return Problem(500)
+
+
+def _instance(schema: Any) -> Any:
+    """Make the schema once: building one costs a hundred times what using it does."""
+    return schema() if isinstance(schema, type) else schema
+
+
+def _registered_name(setup: Any) -> str:
+    return f"{setup.name_prefix}.{setup.name}".lstrip(".")

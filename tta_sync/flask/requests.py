@@ -1,0 +1,89 @@
+"""What one request is known by: its id, its trace, its deadline."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from typing import Any, cast
+
+from flask import Flask, current_app, has_request_context, request
+
+from tta_sync.context import Deadline, WorkflowContext
+from tta_sync.exceptions import ConfigurationError
+
+_ENVIRON = "tta_sync.request"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_DEFAULTS: dict[str, Any] = {"TTA_DEADLINE": 15.0, "TTA_MAX_BODY": 16 * 1024 * 1024, "TTA_MAX_DEPTH": 100}
+
+
+class RequestInfo:
+    """What one request is known by.
+
+    It stands in the WSGI environment: a test that holds an application context open over two requests shares
+    ``flask.g`` between them, and must not share this.
+    """
+
+    __slots__ = ("_context", "_id", "arrived")
+
+    def __init__(self) -> None:
+        self.arrived: Deadline | None = None
+        self._id: str | None = None
+        self._context: WorkflowContext | None = None
+        seconds = current_app.config["TTA_DEADLINE"]
+        if seconds is not None:
+            self.arrived = Deadline.after(seconds)
+
+    @classmethod
+    def current(cls) -> RequestInfo:
+        environ = request.environ
+        held = environ.get(_ENVIRON)
+        if held is None:
+            held = environ[_ENVIRON] = cls()
+        return cast(RequestInfo, held)
+
+    @property
+    def id(self) -> str:
+        if self._id is None:
+            given = request.headers.get("X-Request-ID", "")
+            self._id = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
+        return self._id
+
+    @property
+    def context(self) -> WorkflowContext:
+        if self._context is None:
+            context = self._context = WorkflowContext(correlation_id=self.id, deadline=self.arrived)
+            trace = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+            if trace is not None:
+                version, trace_id, span_id, flags, more = trace.groups()
+                # W3C Trace Context: ff is no version, all zeros no id, and version 00 has four fields only.
+                if version != "ff" and trace_id.strip("0") and span_id.strip("0") and (version != "00" or not more):
+                    context.trace_id, context.parent_span_id = trace_id, span_id
+                    context.trace_flags = int(flags, 16)
+        return self._context
+
+
+def request_context() -> WorkflowContext | None:
+    """Give the request's context to whoever asks ``current_context()`` in a view."""
+    if has_request_context() and "tta_sync" in current_app.extensions:
+        return RequestInfo.current().context
+    return None
+
+
+def prepare_settings(app: Flask) -> None:
+    """Put the defaults into the application's configuration.
+
+    Raises:
+        ConfigurationError: a setting has a value that it cannot have.
+    """
+    for name, default in _DEFAULTS.items():
+        app.config.setdefault(name, default)
+    seconds = app.config["TTA_DEADLINE"]
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < seconds < math.inf):
+        raise ConfigurationError(f"TTA_DEADLINE is a number of seconds above 0, or None, not {seconds!r}")
+    for name in ("TTA_MAX_BODY", "TTA_MAX_DEPTH"):
+        value = app.config[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{name} is a whole number above 0, not {value!r}")
