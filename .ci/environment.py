@@ -59,7 +59,7 @@ def install(extras: str) -> int:
         print(f"Bringing .venv up to date for {extras}", flush=True)
     if run([str(python), "-c", "import pip"], quiet=True) != 0 and run([str(python), "-m", "ensurepip"]) != 0:
         return fail(".venv has no pip; remove .venv and try again")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
     if run([*pip, "--editable", f"{ROOT}[{extras}]"]) != 0:
         return fail("pip could not install what setup.cfg asks for; its message is above")
     stamp(extras).write_text(fingerprint())
