@@ -12,7 +12,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from tta_sync.context import WorkflowContext, current_context, running_context
+from tta_sync.context import WorkflowContext, current_context, current_pool, running_context
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.base import (
     MISS,
@@ -26,6 +26,7 @@ from tta_sync.primitives.core.base import (
     note,
     step,
     step_name,
+    takes_context,
     thread_step,
 )
 from tta_sync.primitives.core.sequential import SequentialPrimitive
@@ -232,6 +233,16 @@ def test_subclass_may_bind_execute_to_a_mock() -> None:
     assert asyncio.run(Mocked().execute("x", WorkflowContext())) == "mocked"
 
 
+def test_subclass_may_bind_execute_to_what_has_no_signature() -> None:
+    """A class body is never refused because Python cannot read a signature."""
+
+    class Compiled(WorkflowPrimitive[Any, Any]):
+        execute = max  # type: ignore[assignment]
+
+    with pytest.raises(TypeError):
+        asyncio.run(Compiled().execute("x", WorkflowContext()))
+
+
 # ---- functions ----------------------------------------------------------
 
 
@@ -314,6 +325,8 @@ def test_step_name_of_a_partial_is_that_of_its_function() -> None:
     """A partial has no name of its own, its function has."""
     assert step_name(functools.partial(functools.partial(coroutine_function))) == "coroutine_function"
     assert step_name(AsyncCall()) == "AsyncCall"
+    assert takes_context(coroutine_function)
+    assert not takes_context(str)
 
 
 def test_user_error_comes_through_when_a_function_raises() -> None:
@@ -363,6 +376,20 @@ def test_thread_step_runs_on_another_thread_with_the_callers_variables() -> None
     ident, seen = asyncio.run(run())
     assert ident != threading.get_ident()
     assert seen is context
+
+
+def test_thread_step_runs_in_the_pool_that_the_port_names() -> None:
+    """Under the facade, the loop's own sized pool does the work."""
+
+    class Pool:
+        async def run(self, fn: Any, *arguments: Any) -> Any:
+            return "pool", fn(*arguments)
+
+    async def run() -> Any:
+        current_pool.set(Pool())
+        return await thread_step(str).execute(1, WorkflowContext())
+
+    assert asyncio.run(run()) == ("pool", "1")
 
 
 @pytest.mark.parametrize(("decorator", "kind"), [(caller_step, CallerPrimitive), (thread_step, ThreadPrimitive)])

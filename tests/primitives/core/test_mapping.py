@@ -118,5 +118,7 @@ def test_options_and_inputs_are_refused_when_they_make_no_sense() -> None:
 
 def test_repr_shows_the_step_and_the_limit() -> None:
     """Readable, with the options that matter."""
+    inner = step(work)
+    assert MapPrimitive(inner).children() == (inner,)
     assert repr(MapPrimitive(work)) == "Map(work, max_concurrency=10)"
     assert repr(MapPrimitive(work, on_error="collect")) == 'Map(work, max_concurrency=10, on_error="collect")'

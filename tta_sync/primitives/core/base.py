@@ -117,7 +117,7 @@ def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
         return run(self, data, context)
 
     # Not `async def`, which would cost a second frame per call; it answers as one where somebody asks.
-    if sys.version_info >= (3, 12):
+    if sys.version_info >= (3, 12):  # pragma: no cover
         inspect.markcoroutinefunction(execute)
     else:
         execute._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # what 3.11 has for it
