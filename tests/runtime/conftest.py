@@ -1,0 +1,314 @@
+"""One facade per kind of loop, threads that are joined, programs of their own, and children that cannot hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tta_sync
+from tta_sync.facade import SyncFacade
+
+FACADES: dict[str, dict[str, Any]] = {"thread-asyncio": {}, "thread-uvloop": {"use_uvloop": True}}
+"""The ways in which a facade may drive its loop, as its options: every hazard is tested under each of them."""
+
+PACKAGE = Path(tta_sync.__file__).parent
+PATIENCE = 20.0  # seconds after which something hangs, whatever the machine does beside
+
+
+# ------------------------------------------------------------------------------------------------------- facades
+
+
+@pytest.fixture(scope="module", params=FACADES)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The options that make this kind of facade."""
+    return FACADES[request.param]
+
+
+@pytest.fixture
+def make_facade(options: dict[str, Any]) -> Iterator[Callable[..., SyncFacade]]:
+    """``make_facade(max_in_flight=..., ...)``: a facade of this kind, shut down after the test."""
+    made: list[SyncFacade] = []
+
+    def make(**more: Any) -> SyncFacade:
+        made.append(SyncFacade(**{**options, **more}))
+        return made[-1]
+
+    yield make
+    for facade in made:
+        facade.shutdown(0.0)
+
+
+@pytest.fixture
+def facade(make_facade: Callable[..., SyncFacade]) -> SyncFacade:
+    """A facade of this kind, with the default settings."""
+    return make_facade()
+
+
+@pytest.fixture
+def works() -> Callable[[SyncFacade], None]:
+    """``works(facade)``: fail unless the next call is answered, and nothing is in flight after it."""
+
+    async def echo(value: object) -> object:
+        return value
+
+    def check(facade: SyncFacade) -> None:
+        token = object()
+        assert facade.call_sync(echo, token, timeout=PATIENCE) is token
+        assert [record for record in facade.in_flight() if "echo" in record.name] == []
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def in_thread() -> Iterator[Callable[..., Future[Any]]]:
+    """``in_thread(fn, *args)``: a Future of what *fn* returns or raises on a thread of its own."""
+    started: list[threading.Thread] = []
+
+    def start(fn: Callable[..., Any], *args: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def body() -> None:
+            try:
+                result = fn(*args, **keywords)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        started.append(threading.Thread(target=body, name=f"caller-{len(started)}", daemon=True))
+        started[-1].start()
+        return future
+
+    yield start
+    for thread in started:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), f"{thread.name} still waits"
+
+
+# ------------------------------------------------------------------------------------------------------ children
+
+
+class ChildFailed(Exception):
+    """A forked child raised, hung or died; the text is what it said."""
+
+
+def _say(pipe: int, text: str) -> None:
+    os.write(pipe, text.encode()[:60_000])
+
+
+@pytest.fixture
+def in_child() -> Callable[..., str]:
+    """``in_child(fn)``: fork, run *fn* in the child, return the str of its result. A child that hangs is killed."""
+
+    def run(fn: Callable[[], object]) -> str:
+        out, into = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(int(PATIENCE))  # pytest's own timer does not survive the fork
+                _say(into, str(fn()))
+                status = 0
+            except BaseException:
+                _say(into, traceback.format_exc())
+            finally:
+                os._exit(status)
+        os.close(into)
+        said = b""
+        while chunk := os.read(out, 65_536):
+            said += chunk
+        os.close(out)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status:
+            how = "it hung" if status == -signal.SIGALRM else f"exit status {status}"
+            raise ChildFailed(f"{how}: {said.decode()}")
+        return said.decode()
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------ programs
+
+PRELUDE = """\
+import asyncio, atexit, gc, os, signal, sys, threading, time
+from contextlib import asynccontextmanager
+from tta_sync import caller_step, run_on_caller, step, thread_step
+from tta_sync.exceptions import *
+from tta_sync.facade import SyncFacade
+
+OPTIONS = {options!r}
+facade = SyncFacade(**OPTIONS)
+
+async def answer(value=42):
+    await asyncio.sleep(0)
+    return value
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+def last():
+    "The main thread's last statement."
+    say("LAST", time.monotonic())
+
+def until(condition):
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "it did not come true"
+        time.sleep(0.002)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a program said, and how it ended."""
+
+    stdout: str
+    stderr: str
+    status: int
+    seconds_after_last: float | None
+
+    @property
+    def said(self) -> list[str]:
+        return [line for line in self.stdout.splitlines() if not line.startswith("LAST ")]
+
+
+class Program:
+    """A Python program of its own, run to its end by somebody who reads along."""
+
+    def __init__(self, path: Path, options: dict[str, Any], body: str) -> None:
+        path.write_text(PRELUDE.format(options=options) + textwrap.dedent(body))
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        self._process = subprocess.Popen(
+            [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=path.parent
+        )
+        self._said = {"stdout": b"", "stderr": b""}
+        self._ended_at = 0.0
+        self._reader = threading.Thread(target=self._read, name="reads-a-program", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        streams = {self._process.stdout: "stdout", self._process.stderr: "stderr"}
+        while streams:
+            for stream in select.select(list(streams), [], [])[0]:
+                chunk = os.read(stream.fileno(), 65_536)
+                self._said[streams[stream]] += chunk
+                if not chunk:
+                    del streams[stream]
+                    stream.close()
+        self._process.wait()
+        self._ended_at = time.monotonic()  # the same clock in every process
+
+    def end(self, within: float = PATIENCE) -> Ended:
+        """Wait for the end, and make one when it does not come: status -9 then."""
+        self._reader.join(within)
+        if self._reader.is_alive():
+            self._process.kill()
+            self._reader.join()
+        stdout, stderr = self._said["stdout"].decode(), self._said["stderr"].decode()
+        mark = re.search(r"^LAST (\S+)$", stdout, re.MULTILINE)
+        after = None if mark is None else self._ended_at - float(mark[1])
+        return Ended(stdout, stderr, self._process.returncode, after)
+
+
+@pytest.fixture(scope="module")
+def run_together(
+    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]
+) -> Callable[[dict[str, str]], dict[str, Ended]]:
+    """``run_together(programs)``: run programs, by name, side by side to their ends; most of them only wait."""
+
+    def run(bodies: dict[str, str]) -> dict[str, Ended]:
+        directory = tmp_path_factory.mktemp("programs")
+
+        def one(numbered: tuple[int, str]) -> Ended:
+            number, body = numbered
+            return Program(directory / f"program_{number}.py", options, body).end()
+
+        with ThreadPoolExecutor(8) as pool:
+            return dict(zip(bodies, pool.map(one, enumerate(bodies.values())), strict=True))
+
+    return run
+
+
+@pytest.fixture
+def program(tmp_path: Path, options: dict[str, Any]) -> Iterator[Callable[[str], Program]]:
+    """``program(body)``: start a script that has ``facade``, ``answer``, ``say`` and ``last`` already."""
+    started: list[Program] = []
+
+    def start(body: str) -> Program:
+        started.append(Program(tmp_path / f"program_{len(started)}.py", options, body))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end(0.0)
+
+
+@pytest.fixture
+def run_program(program: Callable[[str], Program]) -> Callable[[str], Ended]:
+    """``run_program(body)``: the same, to its end, which must be a clean one: status 0, nothing on stderr."""
+
+    def run(body: str) -> Ended:
+        ended = program(body).end()
+        assert ended.stderr == ""
+        assert ended.status == 0, ended
+        return ended
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+class Interrupt(BaseException):
+    """What a signal handler of the tests raises."""
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[..., None]]:
+    """``interrupt(error)``: from any thread, have *error* raised on the main thread by a real signal's handler."""
+    raising: list[BaseException] = []
+
+    def handler(_signum: int, _frame: object) -> None:
+        if raising:
+            raise raising.pop(0)
+
+    def send(error: BaseException) -> None:
+        raising.append(error)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield send
+    raising.clear()
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.fixture
+def alarms() -> Iterator[None]:
+    """Give SIGALRM and its timer to the test, and afterwards back to pytest-timeout."""
+    started = time.monotonic()
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    handler = signal.getsignal(signal.SIGALRM)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, handler)
+    if remaining:
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, remaining - (time.monotonic() - started)), interval)
