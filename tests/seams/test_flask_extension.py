@@ -12,10 +12,13 @@ from typing import Any
 
 import flask
 import pytest
+import redis.exceptions
 from flask import Blueprint, Flask, abort, redirect, request
+from flask.views import MethodView
 from marshmallow import Schema, ValidationError, fields
 from sqlalchemy.exc import IntegrityError
 from werkzeug.exceptions import HTTPException, ServiceUnavailable, TooManyRequests
+from werkzeug.routing import Rule
 
 import tta_sync.flask
 from tta_sync.context import WorkflowContext, context_providers, current_context
@@ -328,6 +331,42 @@ def test_view_answers_with_its_status_unless_the_function_says_otherwise(site: F
     response = client.post("/tuple", json={"text": ""})
     assert (response.status_code, response.headers["Location"]) == (202, "/x")
     assert client.post("/response", json={"text": ""}).status_code == 200
+
+
+def test_functions_may_stand_for_workflows(site: Flask) -> None:
+    """A coroutine function runs on the loop, a plain one on the request's thread; what is neither is refused."""
+    tta = TTASync(site)
+
+    async def on_the_loop(data: Any, context: WorkflowContext) -> Any:
+        return {"thread": threading.get_ident(), "id": context.correlation_id}
+
+    def on_the_request(data: Any) -> Any:
+        return {"thread": threading.get_ident(), "path": request.path}
+
+    site.add_url_rule("/a", "a", tta.workflow(on_the_loop)(lambda result: result))
+    site.add_url_rule("/b", "b", tta.workflow(on_the_request)(lambda result: result))
+    answer = site.test_client().get("/a", headers={"X-Request-ID": "r"}).json
+    assert answer["id"] == "r"
+    assert answer["thread"] != threading.get_ident()
+    assert site.test_client().get("/b").json == {"thread": threading.get_ident(), "path": "/b"}
+    with pytest.raises(ConfigurationError, match="cannot be a step"):
+        tta.workflow(42)
+
+
+def test_methods_of_view_classes_are_views_too(site: Flask) -> None:
+    """A MethodView's methods are decorated as functions are."""
+    tta = TTASync(site)
+
+    class Measure(MethodView):
+        unit = "characters"
+
+        @tta.workflow(measure, load=Request, dump=Answer)
+        def post(self, result: dict[str, Any], name: str) -> Any:
+            return {**result, "unit": self.unit, "name": name}
+
+    site.add_url_rule("/<name>", view_func=Measure.as_view("measure"))
+    answer = site.test_client().post("/x", json={"text": "abc"})
+    assert answer.json == {"length": 3, "unit": "characters", "name": "x"}
 
 
 def test_caller_step_runs_on_the_request_thread_when_a_view_is_decorated(site: Flask) -> None:
@@ -814,6 +853,45 @@ def test_browser_gets_pages_and_programs_get_problems_when_problems_is_auto() ->
     for path, status in (("/missing", 404), ("/broken", 500), ("/timeout", 504)):
         response = client.get(path, headers=HTML)
         assert (response.status_code, response.mimetype) == (status, "text/html")
+
+
+def test_page_for_a_browser_keeps_retry_after(site: Flask) -> None:
+    """Where the page is the application's, Retry-After is still ours to say; an odd status needs no page."""
+    tta = TTASync()
+    tta.map_error(KeyError, 499, "odd")
+    tta.init_app(site)
+    site.add_url_rule("/busy", "busy", lambda: run_sync(raising(BulkheadFullError("db", 7.0)), None))
+    site.add_url_rule("/odd", "odd", lambda: {}["odd"])
+    response = site.test_client().get("/busy", headers=HTML)
+    assert (response.status_code, response.mimetype, response.headers["Retry-After"]) == (503, "text/html", "7")
+    assert site.test_client().get("/odd", headers=HTML).status_code == 500
+
+
+def test_failing_call_leaves_a_trace_when_it_leaves_as_5xx(site: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning names the error and the correlation id; the text of errors that are not ours stays out of the log."""
+    tta = TTASync(site)
+    ours, theirs = StepTimeoutError("fetch", 1.0), redis.exceptions.ConnectionError("secret")
+    for path, error in {"/ours": ours, "/theirs": theirs, "/4xx": ValidationError("x")}.items():
+        site.add_url_rule(path, path.strip("/"), tta.workflow(raising(error))(lambda result: result))
+    client = site.test_client()
+    for path in ("/ours", "/theirs", "/4xx"):
+        client.get(path, headers={"X-Request-ID": f"id-{path[1:]}"})
+    first, second = [r.getMessage() for r in caplog.records if r.name == site.logger.name]
+    assert first == "StepTimeoutError on /ours [GET], correlation id id-ours: fetch took longer than its 1 s"
+    assert second == "ConnectionError on /theirs [GET], correlation id id-theirs"
+
+
+def test_wrong_method_on_a_url_that_would_redirect_is_no_failure(site: Flask) -> None:
+    """Asking what a wrong method's URL belongs to copes with Flask's own redirects."""
+    bp = Blueprint("api", __name__, url_prefix="/api")
+    TTASync(bp)
+    bp.add_url_rule("/slash/", "view", lambda: "")
+    bp.add_url_rule("/slash", "other", lambda: "", methods=["PUT"])
+    site.register_blueprint(bp)
+    site.url_map.add(Rule("/old", redirect_to="/api/slash/", methods=["GET"]))
+    assert site.test_client().delete("/api/slash").status_code == 405
+    assert site.test_client().delete("/api/slash/").status_code == 405
+    assert site.test_client().delete("/old").status_code == 405
 
 
 def test_everybody_gets_problems_when_problems_is_app() -> None:

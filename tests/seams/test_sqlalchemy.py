@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import sqlite3
@@ -345,6 +346,27 @@ def test_unit_of_another_thread_is_refused(sqlite: sa.Engine) -> None:
 
     with pytest.raises(NoCallerError, match="another thread"):
         run_sync(wrong, None)
+
+
+def test_unit_of_the_parent_is_refused_and_left_alone_in_a_forked_child(engine: sa.Engine, work: UnitOfWork) -> None:
+    """A process forked in the middle of a unit can neither use nor end it; the parent's commit is whole."""
+    with work:
+        run_sync(save, "a")
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                with pytest.raises(NoCallerError, match="process"):
+                    current_session()
+                work.__exit__(None, None, None)
+                gc.collect()
+                work.run(run_sync, save, "child") if engine.dialect.name == "postgresql" else None
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        run_sync(save, "b")
+    assert values(engine)[:2] == ["a", "b"]
 
 
 # ---- 2. abandoned steps ----------------------------------------------------------------------------------------------
@@ -968,6 +990,36 @@ def test_file_that_may_only_be_read_can_be_read(sqlite: sa.Engine, sqlite_url: s
     readonly.dispose()
 
 
+def test_switch_to_wal_that_meets_a_lock_is_tried_again(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first connection to a file may find it locked: the unit is tried again, and the file does become WAL."""
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT", 0.02)
+    plain = prepared(sa.create_engine(sqlite_url))
+    plain.dispose()
+    locker = Locker(plain)
+    locker.lock()
+    locker.raw.execute("INSERT INTO rows (value, count) VALUES ('theirs', 0)")
+    engine = create_engine(sqlite_url)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        locker.unlock()
+
+    monkeypatch.setattr(units.time, "sleep", pause)
+
+    def insert() -> None:
+        current_session().add(Row(value="ours"))
+        current_session().flush()
+
+    unit_of_work(engine).run(insert)
+    assert len(pauses) == 1
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    assert values(engine) == ["ours", "theirs"]
+    engine.dispose()
+    locker.raw.close()
+
+
 def test_memory_database_is_one_for_all_sessions() -> None:
     """For tests of applications: every session sees the same in-memory database."""
     for url in ("sqlite://", "sqlite:///:memory:"):
@@ -1174,6 +1226,31 @@ def test_each_step_is_committed_when_the_unit_says_so(engine: sa.Engine) -> None
     assert values(engine) == ["a", "b"]
 
 
+@pytest.mark.parametrize("commit", ["end", "step"])
+def test_no_lock_is_held_for_a_step_that_failed(sqlite: sa.Engine, commit: Any) -> None:
+    """A failed step before which nothing was done leaves no transaction open across the awaits that follow."""
+    locker = Locker(sqlite)
+    locker.raw.execute("PRAGMA busy_timeout=0")
+
+    @step
+    async def flow(data: Any, context: WorkflowContext) -> None:
+        with pytest.raises(LookupError):
+            await session_step(fail_in_session).execute(None, context)
+        locker.lock()
+        locker.unlock()
+        await save.execute("a", context)
+
+    unit_of_work(sqlite, commit=commit).run(run_sync, flow, None)
+    assert values(sqlite) == ["a"]
+    locker.raw.close()
+
+
+def fail_in_session(session: Session, data: Any) -> None:
+    session.add(Row(value="x"))
+    session.flush()
+    raise LookupError
+
+
 def test_step_begins_again_when_its_own_commit_is_refused(sqlite: sa.Engine) -> None:
     """commit="step": a commit that failed for a passing reason runs the step again; another error comes out."""
     work = unit_of_work(sqlite, commit="step")
@@ -1356,6 +1433,17 @@ def test_scoped_session_stays_the_applications(engine: sa.Engine) -> None:
     registry.remove()
 
 
+def test_work_in_a_scoped_session_is_not_undone_by_a_failed_step(sqlite: sa.Engine) -> None:
+    """What the application did before the unit stays in the transaction when a step fails, and is committed with it."""
+    registry = scoped_session(sessionmaker(sqlite))
+    registry().add(Row(value="before"))
+    registry().flush()
+    with unit_of_work(registry), pytest.raises(LookupError):
+        run_sync(session_step(fail_in_session), None)
+    registry.remove()
+    assert values(sqlite) == ["before"]
+
+
 def test_sessions_come_from_any_callable(engine: sa.Engine) -> None:
     """A function that makes sessions will do."""
     unit_of_work(lambda: Session(engine)).run(run_sync, save, "a")
@@ -1383,6 +1471,51 @@ def test_step_uses_the_applications_own_session_when_a_provider_has_one(engine: 
     assert values(engine) == ["a"]
     with pytest.raises(ConfigurationError):
         run_sync(save, "b")
+
+
+def test_error_of_the_step_comes_out_when_the_applications_session_is_beyond_use(postgres: sa.Engine) -> None:
+    """A provided session whose connection has died raises what the step raised, and works again afterwards."""
+
+    @session_step
+    def dies(session: Session, data: Any) -> None:
+        kill(postgres, session)
+        raise LookupError("mine")
+
+    with Session(postgres) as session:
+        end = provide_session(lambda: session)
+        try:
+            with pytest.raises(LookupError, match="mine"):
+                run_sync(dies, None, timeout=30)
+            session.rollback()
+            assert values_of(session) == []
+        finally:
+            end()
+
+
+def test_result_of_the_step_comes_out_when_only_tidying_up_fails(
+    postgres: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that dies right after the step is noticed by who uses it next, not in place of the result."""
+
+    def fails(session: Session) -> None:
+        raise OperationalError("SET LOCAL", {}, psycopg.OperationalError("gone"))
+
+    with Session(postgres) as session:
+        end = provide_session(lambda: session)
+        monkeypatch.setattr(steps, "unbound", fails)
+        try:
+            assert run_sync(save, "a", timeout=30).value == "a"
+        finally:
+            end()
+        session.rollback()
+        assert values_of(session) == []
+
+
+def kill(engine: sa.Engine, session: Session) -> None:
+    """End the server's side of a session's connection, and wait until it has ended."""
+    pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
+    with Session(engine) as other:
+        assert other.scalar(sa.text(f"SELECT pg_terminate_backend({pid}, 20000)"))
 
 
 def test_step_uses_the_session_it_is_told_to(engine: sa.Engine, work: UnitOfWork) -> None:
@@ -1426,10 +1559,8 @@ def test_step_begins_again_when_its_connection_had_died(postgres: sa.Engine) -> 
     @session_step
     def write(session: Session, data: str) -> None:
         if not killed:
-            pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
-            killed.append(pid)
-            with Session(postgres) as other:
-                other.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 20000)"))
+            killed.append(1)
+            kill(postgres, session)
         session.add(Row(value=data))
 
     work.run(run_sync, write, "a")
@@ -1443,9 +1574,7 @@ def test_original_error_comes_out_when_the_savepoint_cannot_be_rolled_back(postg
 
     @session_step
     def dies(session: Session, data: Any) -> None:
-        pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
-        with Session(postgres) as other:
-            other.execute(sa.text(f"SELECT pg_terminate_backend({pid}, 20000)"))
+        kill(postgres, session)
         raise LookupError("mine")
 
     with pytest.raises(LookupError, match="mine"):

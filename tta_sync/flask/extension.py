@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -16,6 +17,7 @@ from tta_sync.exceptions import ConfigurationError, TTASyncError
 from tta_sync.flask.body import load as load_request
 from tta_sync.flask.problems import TABLE, Problem, Row, problem_of
 from tta_sync.flask.requests import RequestInfo, prepare_settings, request_context
+from tta_sync.primitives.core.base import as_primitive, caller_step
 
 T = TypeVar("T")
 Problems = Literal["auto", "app", "blueprint"]
@@ -124,8 +126,11 @@ def _on_error(error: Exception) -> Any:
         if problem is not None:
             if ours or state.problems == "app" or not _wants_html():
                 return problem
-            if not http:  # the right status, on whatever page the application has for it
+            if not http and problem.status in default_exceptions:
+                # The right status, on whatever page the application has for it.
                 page = default_exceptions[problem.status]()
+                if "Retry-After" in dict(problem.headers):
+                    page.retry_after = int(dict(problem.headers)["Retry-After"])  # type: ignore[attr-defined]
                 return current_app.handle_http_exception(page)
     if http:
         return error
@@ -213,8 +218,7 @@ class TTASync:
         """Let every error of *blueprint* leave as a problem, and set up whichever application it is registered on."""
         for code in default_exceptions:
             # By code too: Flask asks an application's handler for a code before a blueprint's for a class.
-            if code >= 400:
-                blueprint.register_error_handler(code, _on_error)
+            blueprint.register_error_handler(code, _on_error)
         blueprint.register_error_handler(HTTPException, _on_error)
         blueprint.register_error_handler(Exception, _on_error)
         blueprint.record(lambda setup: self._join(cast(Flask, setup.app)).blueprints.add(_registered_name(setup)))
@@ -264,7 +268,7 @@ class TTASync:
         """Make a view of *flow*: load the request, run, dump the result, give it to the function for a last touch.
 
         Args:
-            flow: any workflow.
+            flow: any workflow, or a function; a plain one runs on the request's own thread.
             load: the schema of what comes in; without one the data is the dict of the URL's arguments.
             dump: the schema of what goes out.
             source: where *load* reads, the JSON body or the query string.
@@ -274,23 +278,23 @@ class TTASync:
 
         The function gets the dumped result, and the URL's arguments by name; what it returns is what a view may return.
         """
-        loads, dumps = _instance(load), _instance(dump)
+        loads, dumps, runs = _instance(load), _instance(dump), _workflow(flow)
 
         def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(view)
-            def run(**url: Any) -> Any:
+            def run(*args: Any, **url: Any) -> Any:  # args: a method's self
                 try:
                     from tta_sync.facade import run_sync
 
                     data = dict(url) if loads is None else load_request(loads, source)
                     unit = unit_of_work or self.unit_of_work
                     if unit is None:
-                        result = run_sync(flow, data, timeout=timeout)
+                        result = run_sync(runs, data, timeout=timeout)
                     else:
-                        result = unit.run(run_sync, flow, data, timeout=timeout)
+                        result = unit.run(run_sync, runs, data, timeout=timeout)
                     if dumps is not None:
                         result = dumps.dump(result)
-                    answer = current_app.ensure_sync(view)(result, **url)
+                    answer = current_app.ensure_sync(view)(*args, result, **url)
                 except Exception as error:
                     return _answer(error)
                 return answer if status == 200 or isinstance(answer, (tuple, Response)) else (answer, status)
@@ -326,6 +330,12 @@ def _answer(error: Exception) -> Any:
     )
     current_app.log_exception(sys.exc_info())
     return Problem(500)
+
+
+def _workflow(flow: Any) -> Any:
+    """Return *flow* as a workflow, so that what cannot be one is refused when the view is made."""
+    plain = inspect.isroutine(flow) and not inspect.iscoroutinefunction(flow)
+    return caller_step(flow) if plain else as_primitive(flow)
 
 
 def _instance(schema: Any) -> Any:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import Pool, QueuePool, StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 
@@ -38,7 +38,7 @@ limit: ContextVar[float | None] = ContextVar("tta_sync_sql_limit", default=None)
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()  # to be disposed of after a fork
 _adopted: weakref.WeakSet[Dialect] = weakref.WeakSet()  # the dialect: an engine and its option engines share it
-_inherited: list[Pool] = []  # a child's references to its parent's pools: collecting them closes what is not its own
+_inherited: list[Any] = []  # a child's references to what is its parent's: collecting it would end the parent's work
 
 
 def remaining(most: float) -> float:
@@ -185,13 +185,18 @@ def _check_thread(connection: Connection, *statement: Any) -> None:
         )
 
 
-def _leave_connections_to_parent() -> None:
+def leave_to_parent(thing: Any) -> None:
+    """In a forked child: keep *thing* untouched and uncollected, for its connection is the parent's."""
+    _inherited.append(thing)
+
+
+def _leave_pools_to_parent() -> None:
     for engine in list(_engines):
-        _inherited.append(engine.pool)
+        leave_to_parent(engine.pool)
         engine.dispose(close=False)
 
 
-os.register_at_fork(after_in_child=_leave_connections_to_parent)
+os.register_at_fork(after_in_child=_leave_pools_to_parent)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -147,18 +147,16 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
         unit.step_began(context.correlation_id)
         try:
             result = self._in_session(session, turn, data, context)
-        except DBAPIError as error:
-            if ran_out(error):
-                raise
-            if unit.fresh and (is_transient(error) or error.connection_invalidated):
-                unit.begin_again()
-                raise _Again(error) from error
-            if is_transient(error):
-                unit.doomed = error
-            unit.step_ended(self.name or "")
-            raise
-        except Exception:
-            unit.step_ended(self.name or "")
+        except Exception as error:
+            lost = isinstance(error, DBAPIError) and (is_transient(error) or error.connection_invalidated)
+            if unit.fresh:
+                unit.begin_again(session)  # nothing is lost by it, and no lock is held for nothing
+                if lost and not ran_out(error):
+                    raise _Again(error) from error
+            else:
+                if is_transient(error):
+                    unit.doomed = error
+                unit.step_ended(self.name or "")
             raise
         if unit.work.commit == "end":
             unit.fresh = False
@@ -166,11 +164,12 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
             return result
         try:
             session.commit()
-        except DBAPIError as error:
-            unit.begin_again()
-            if is_transient(error):  # the connection's loss is not: who knows whether it was committed?
+        except Exception as error:
+            unit.begin_again(session)
+            if is_transient(error):  # the loss of the connection is not: who knows whether it was committed?
                 raise _Again(error) from error
             raise
+        unit.fresh = True
         return result
 
     def _in_session(self, session: Session, turn: _Turn, data: Any, context: WorkflowContext) -> Any:

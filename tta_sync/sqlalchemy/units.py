@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from tta_sync import events
 from tta_sync.context import current_context
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.base import step_name
-from tta_sync.sqlalchemy.engines import BEGIN, THREAD, is_transient, require_adopted, unbound
+from tta_sync.sqlalchemy.engines import BEGIN, THREAD, is_transient, leave_to_parent, require_adopted, unbound
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +36,7 @@ class Unit:
         self.work = work
         self.outer = outer
         self.thread = threading.get_ident()
+        self.process = os.getpid()
         self.depth = 1
         self.fresh = True  # nothing has been done in the transaction: to begin again loses nothing
         self.doomed: Exception | None = None  # set once only running the whole unit again can help
@@ -57,12 +59,15 @@ class Unit:
             NoCallerError: the unit belongs to another thread.
             sqlalchemy.exc.DBAPIError: an earlier step has lost the transaction.
         """
-        if threading.get_ident() != self.thread:
-            raise NoCallerError("this unit of work belongs to another thread: open it on the one that calls run_sync")
+        if threading.get_ident() != self.thread or os.getpid() != self.process:
+            raise NoCallerError(
+                "this unit of work belongs to another thread or process: open it where run_sync is called"
+            )
         if self.doomed is not None:
             raise self.doomed
         if self._session is None:
             self._session = self.work.open_session()
+            self.fresh = not self._session.in_transaction()  # an application's own session may be under way
         return self._session
 
     def step_began(self, correlation_id: str | None) -> None:
@@ -81,17 +86,19 @@ class Unit:
         self._last_step = name
         self._idle_since = time.monotonic()
 
-    def begin_again(self) -> None:
+    def begin_again(self, session: Session) -> None:
         """Roll back, for the next step to open a new transaction."""
         self._idle_since = None
         self.fresh = True
-        if self._session is not None:
-            self._session.rollback()
+        session.rollback()
 
     def end(self, *, commit: bool) -> None:
         """Commit or roll back, and let the session go."""
         session, self._session = self._session, None
         if session is None:
+            return
+        if os.getpid() != self.process:
+            leave_to_parent(session)
             return
         try:
             if commit:
