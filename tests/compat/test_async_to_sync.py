@@ -1,0 +1,1022 @@
+"""``async_to_sync`` keeps asgiref's contract on the managed loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import gc
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import asgiref.sync
+import pytest
+from asgiref.local import Local
+from asgiref.sync import sync_to_async
+
+from tta_sync import caller_step, current_context, run_on_caller
+from tta_sync.context import current_caller
+from tta_sync.exceptions import (
+    DeadlineExceededError,
+    LoopUnavailableError,
+    NoCallerError,
+    SaturatedError,
+    TTASyncError,
+)
+from tta_sync.facade import SyncFacade, register_interrupt
+from tta_sync.primitives import WorkflowContext
+
+FACADES: dict[str, dict[str, Any]] = {"thread": {}, "uvloop": {"use_uvloop": True}, "caller": {"drive": "caller"}}
+PATIENCE = 20.0  # seconds after which something hangs, whatever the machine does beside
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+@pytest.fixture(params=FACADES)
+def facade(request: pytest.FixtureRequest) -> Iterator[SyncFacade]:
+    """One facade of each kind."""
+    facade = SyncFacade(**FACADES[request.param])
+    yield facade
+    facade.shutdown(0.0)
+
+
+@pytest.fixture
+def threaded() -> Iterator[SyncFacade]:
+    """A facade with a loop thread, for what cannot differ between the kinds."""
+    facade = SyncFacade()
+    yield facade
+    facade.shutdown(0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _asgirefs_one_thread() -> None:
+    """Start the thread that asgiref keeps for good, before a test is blamed for it."""
+    asgiref.sync.SyncToAsync.single_thread_executor.submit(here).result(PATIENCE)
+
+
+def here() -> int:
+    return threading.get_ident()
+
+
+on_caller = sync_to_async(here)
+
+
+# ------------------------------------------------------------------------------------------------------- context
+
+
+def test_context_flows_in_and_out_when_the_coroutine_returns(facade: SyncFacade) -> None:
+    """The coroutine sees the caller's variables, and the caller afterwards what it set."""
+
+    async def change() -> str:
+        seen = variable.get()
+        await asyncio.sleep(0)
+        variable.set("from the coroutine")
+        return seen
+
+    def call() -> tuple[str, str]:
+        variable.set("from the caller")
+        return facade.async_to_sync(change)(), variable.get()
+
+    assert contextvars.copy_context().run(call) == ("from the caller", "from the coroutine")
+
+
+def test_context_flows_out_when_the_coroutine_raises(facade: SyncFacade) -> None:
+    """What the coroutine set before it raised reaches the caller."""
+
+    async def fail() -> None:
+        variable.set("from the coroutine")
+        raise ValueError("as it should")
+
+    def call() -> str:
+        with pytest.raises(ValueError, match="as it should"):
+            facade.async_to_sync(fail)()
+        return variable.get()
+
+    assert contextvars.copy_context().run(call) == "from the coroutine"
+
+
+def test_context_flows_through_all_levels_when_calls_are_nested(facade: SyncFacade) -> None:
+    """A variable set by the innermost synchronous code reaches the outermost caller."""
+
+    async def outer() -> None:
+        await sync_to_async(facade.async_to_sync(inner))()
+
+    async def inner() -> None:
+        await sync_to_async(variable.set)("from the depth")
+
+    def call() -> str:
+        facade.async_to_sync(outer)()
+        return variable.get()
+
+    assert contextvars.copy_context().run(call) == "from the depth"
+
+
+def test_nothing_of_ours_flows_out_when_the_call_ends(facade: SyncFacade) -> None:
+    """What says who runs now stays inside: afterwards the caller is no step of anything."""
+
+    async def look() -> bool:
+        return current_caller.get() is not None
+
+    def call() -> list[object]:
+        assert facade.async_to_sync(look)()
+        ours = [v.name for v in contextvars.copy_context() if v.name.startswith("tta_sync") and v.get() is not None]
+        return [*ours, current_context()]
+
+    assert contextvars.copy_context().run(call) == [None]
+
+
+def test_an_asgiref_local_flows_in_and_out_when_it_is_set(threaded: SyncFacade) -> None:
+    """asgiref's own Local is the caller's inside the coroutine, and the coroutine's afterwards."""
+    local = Local()
+
+    async def change() -> str:
+        seen = str(local.value)
+        await asyncio.create_task(asyncio.sleep(0))
+        local.value = "from the coroutine"
+        return seen
+
+    def call() -> tuple[str, str]:
+        local.value = "from the caller"
+        return threaded.async_to_sync(change)(), local.value
+
+    assert contextvars.copy_context().run(call) == ("from the caller", "from the coroutine")
+
+
+# -------------------------------------------------------------------------------------------------------- thread
+
+
+def test_thread_sensitive_code_runs_on_the_calling_thread_when_awaited_anywhere(facade: SyncFacade) -> None:
+    """sync_to_async code runs on the calling thread: from the coroutine, a task, a gather and a task group."""
+
+    async def ask() -> set[int]:
+        threads = {await on_caller(), await asyncio.create_task(on_caller())}
+        threads |= set(await asyncio.gather(on_caller(), on_caller()))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(on_caller()) for _ in range(3)]
+        return threads | {task.result() for task in tasks}
+
+    for _ in range(2):
+        assert facade.async_to_sync(ask)() == {here()}
+
+
+def test_each_call_keeps_its_own_thread_when_many_run_at_once(facade: SyncFacade) -> None:
+    """Thread-sensitive code of concurrent calls never runs on another call's thread."""
+    strays: list[int] = []
+    barrier = threading.Barrier(6)
+
+    async def ask() -> None:
+        mine = await on_caller()
+        for _ in range(10):
+            await asyncio.sleep(0)
+            strays.extend(there for there in await asyncio.gather(on_caller(), on_caller()) if there != mine)
+
+    def call() -> None:
+        barrier.wait(PATIENCE)
+
+        async def checked() -> None:
+            await ask()
+            if await on_caller() != mine:
+                strays.append(mine)
+
+        mine = here()
+        facade.async_to_sync(checked)()
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(PATIENCE)
+        assert not caller.is_alive()
+    assert strays == []
+
+
+def test_nested_calls_stay_on_the_calling_thread_when_sync_and_async_alternate(facade: SyncFacade) -> None:
+    """Synchronous code under a coroutine under synchronous code, and so on, all runs on the first caller's thread."""
+    threads: list[int] = []
+
+    def down(levels: int) -> None:
+        threads.append(here())
+        if levels:
+            facade.async_to_sync(through)(levels - 1)
+
+    async def through(levels: int) -> None:
+        await asyncio.create_task(sync_to_async(down)(levels))
+
+    down(4)
+    assert threads == [here()] * 5
+
+
+def test_insensitive_code_runs_elsewhere_when_asked_for(facade: SyncFacade) -> None:
+    """thread_sensitive=False leaves the calling thread alone."""
+
+    async def ask() -> int:
+        return await sync_to_async(here, thread_sensitive=False)()
+
+    assert facade.async_to_sync(ask)() != here()
+
+
+def test_our_own_caller_steps_work_when_called_inside(facade: SyncFacade) -> None:
+    """run_on_caller and caller_step reach the same thread as sync_to_async."""
+    there = caller_step(lambda data: (data, here()))
+
+    async def ask() -> object:
+        return await run_on_caller(here), await there.execute("data", WorkflowContext()), await on_caller()
+
+    assert facade.async_to_sync(ask)() == (here(), ("data", here()), here())
+
+
+def test_work_is_done_before_the_call_returns_when_nobody_waits_for_it(facade: SyncFacade) -> None:
+    """sync_to_async code that was handed over before the coroutine ended runs before its caller goes on, in order."""
+    done: list[int] = []
+
+    async def leave() -> None:
+        for number in range(3):
+            task = asyncio.create_task(sync_to_async(done.append)(number))
+            task.add_done_callback(lambda task: task.exception())
+        await asyncio.sleep(0)
+
+    facade.async_to_sync(leave)()
+    assert done == [0, 1, 2]
+
+
+def test_late_work_is_refused_when_the_caller_has_gone(facade: SyncFacade) -> None:
+    """A task that outlives the call gets NoCallerError from sync_to_async, at once."""
+    refused: list[BaseException | None] = []
+    told = threading.Event()
+    go = asyncio.Event()
+
+    async def late() -> None:
+        await go.wait()
+        try:
+            await on_caller()
+        except RuntimeError as error:
+            refused.append(error)
+        told.set()
+
+    async def leave() -> asyncio.Task[None]:
+        return asyncio.create_task(late())
+
+    async def release() -> None:
+        go.set()
+
+    task = facade.async_to_sync(leave)()
+    facade.call_sync(release)
+    assert told.wait(PATIENCE)
+    assert [type(error) for error in refused] == [NoCallerError]
+    assert "thread_sensitive=False" in str(refused[0])
+    del task
+
+
+def test_late_work_finds_the_outer_caller_when_the_inner_has_gone(facade: SyncFacade) -> None:
+    """A task left over by a nested call hands its work to the caller of the outer call, which still waits."""
+
+    async def inner() -> asyncio.Task[int]:
+        async def late() -> int:
+            await gone.wait()
+            return await on_caller()
+
+        gone = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        outlasts.append(lambda: loop.call_soon_threadsafe(gone.set))
+        return asyncio.create_task(late())
+
+    async def outer() -> int:
+        task = await sync_to_async(facade.async_to_sync(inner))()
+        outlasts.pop()()
+        return await task
+
+    outlasts: list[Callable[[], object]] = []
+    assert facade.async_to_sync(outer)() == here()
+
+
+def test_work_comes_from_a_foreign_loop_when_it_runs_below(facade: SyncFacade) -> None:
+    """A loop of its own on a pool thread, below the call, reaches the calling thread too, results and errors alike."""
+
+    async def foreign() -> int:
+        with pytest.raises(ValueError, match="invalid literal"):
+            await sync_to_async(int)("no number")
+        return await on_caller()
+
+    async def ask() -> int:
+        return await sync_to_async(asyncio.run, thread_sensitive=False)(foreign())
+
+    assert facade.async_to_sync(ask)() == here()
+
+
+def test_the_caller_is_not_made_to_wait_for_itself_when_its_code_runs_a_loop(facade: SyncFacade) -> None:
+    """sync_to_async inside asyncio.run inside sync_to_async, all on the calling thread, is an error and no deadlock."""
+
+    async def ask() -> int:
+        return await sync_to_async(asyncio.run)(on_caller())
+
+    with pytest.raises(RuntimeError, match="calling thread"):
+        facade.async_to_sync(ask)()
+
+
+def test_asgirefs_own_async_to_sync_gets_along_when_called_inside(facade: SyncFacade) -> None:
+    """asgiref's own below ours runs on the same loop, and its thread-sensitive code on the same thread."""
+
+    async def inner() -> tuple[object, int]:
+        return asyncio.get_running_loop(), await on_caller()
+
+    async def outer() -> tuple[object, tuple[object, int]]:
+        return asyncio.get_running_loop(), await sync_to_async(asgiref.sync.async_to_sync(inner))()
+
+    loop, (loop_below, there) = facade.async_to_sync(outer)()
+    assert (loop_below, there) == (loop, here())
+
+
+def test_asgirefs_executors_find_our_caller_when_theirs_has_gone(threaded: SyncFacade) -> None:
+    """A task left over by asgiref's own async_to_sync below ours hands its work to our caller."""
+
+    async def inner() -> asyncio.Task[int]:
+        return asyncio.create_task(on_caller())
+
+    async def outer() -> int:
+        task = await sync_to_async(asgiref.sync.async_to_sync(inner))()
+        return await task
+
+    assert threaded.async_to_sync(outer)() == here()
+
+
+def test_the_calling_thread_is_left_as_it_was_when_code_ran_on_it(facade: SyncFacade) -> None:
+    """asgiref's mark of a main event loop is gone afterwards, also when the code raised: no later call follows it."""
+    noted = asgiref.sync.SyncToAsync.threadlocal.__dict__
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append("main_event_loop" in noted)
+        raise ValueError("as it should")
+
+    async def ask() -> object:
+        with pytest.raises(ValueError, match="as it should"):
+            await sync_to_async(look)()
+        return asyncio.get_running_loop()
+
+    before = noted.copy()
+    loop = facade.async_to_sync(ask)()
+    assert seen == [True]
+    assert noted == before
+
+    async def which() -> object:
+        return asyncio.get_running_loop()
+
+    assert asgiref.sync.async_to_sync(which)() is not loop
+
+
+# -------------------------------------------------------------------------------------------- which loop it runs on
+
+
+async def running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+def test_the_managed_loop_is_used_when_called_from_synchronous_code(facade: SyncFacade) -> None:
+    """All calls share the facade's loop, nested ones too."""
+
+    async def nested() -> object:
+        return await sync_to_async(facade.async_to_sync(running_loop))()
+
+    loops = {facade.call_sync(running_loop), facade.async_to_sync(running_loop)(), facade.async_to_sync(nested)()}
+    assert len(loops) == 1
+
+
+def test_a_foreign_loop_is_used_when_its_coroutine_waits_for_the_call(facade: SyncFacade) -> None:
+    """Called from sync_to_async code of another loop, the coroutine runs on that loop, as with asgiref."""
+
+    async def foreign() -> bool:
+        return await sync_to_async(facade.async_to_sync(running_loop))() is asyncio.get_running_loop()
+
+    assert asyncio.run(foreign())
+    assert facade.stats().calls == 0
+
+
+def test_the_managed_loop_is_used_when_the_foreign_one_has_stopped(facade: SyncFacade) -> None:
+    """A thread that once worked for a loop which runs no more is not made to wait for it."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(on_caller())  # on asgiref's own thread, where it leaves the loop's mark
+    used = asgiref.sync.SyncToAsync.single_thread_executor.submit(facade.async_to_sync(running_loop)).result(PATIENCE)
+    loop.close()
+    assert used is facade.call_sync(running_loop)
+
+
+def test_a_new_loop_is_used_when_asked_for(facade: SyncFacade) -> None:
+    """force_new_loop runs the coroutine on a loop of its own, which ends with the call."""
+    loop = facade.async_to_sync(running_loop, force_new_loop=True)()
+    assert loop.is_closed()
+    assert facade.stats().calls == 0
+
+
+def test_it_is_refused_when_called_inside_a_running_loop(facade: SyncFacade) -> None:
+    """Called where a loop runs it raises, as asgiref's, and makes no coroutine that nobody awaits."""
+    made: list[Any] = []
+
+    async def answer() -> None: ...
+
+    def make() -> Any:
+        made.append(answer())
+        return made[-1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `make` is no coroutine function
+        call = facade.async_to_sync(make)
+
+    async def inside() -> None:
+        call()
+
+    with pytest.raises(RuntimeError, match="await it instead") as refused:
+        asyncio.run(inside())
+    assert refused.type is LoopUnavailableError
+    assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
+
+
+# --------------------------------------------------------------------------------------------------------- forms
+
+
+def test_it_decorates_functions_and_methods_when_written_above_them(facade: SyncFacade) -> None:
+    """It works as a decorator, bare and with arguments, of functions and of methods."""
+
+    @facade.async_to_sync
+    async def bare(value: int) -> int:
+        return value
+
+    @facade.async_to_sync(force_new_loop=False)
+    async def with_arguments(value: int) -> int:
+        return value
+
+    class Holder:
+        factor = 2
+
+        @facade.async_to_sync
+        async def method(self, value: int) -> int:
+            """Double."""
+            return value * self.factor
+
+    assert (bare(1), with_arguments(2), Holder().method(3)) == (1, 2, 6)
+    assert Holder().method.__doc__ == "Double."
+    assert isinstance(bare, asgiref.sync.AsyncToSync)
+    assert facade.stats().calls == 3
+
+
+def test_it_takes_every_callable_when_it_gives_an_awaitable(facade: SyncFacade) -> None:
+    """Partials, bound methods, callable objects, and any keyword: what asgiref takes."""
+
+    class Callable_:
+        async def __call__(self, **keywords: int) -> dict[str, int]:
+            return keywords
+
+        async def method(self, *values: int) -> tuple[int, ...]:
+            return values
+
+    instance = Callable_()
+    bound = facade.async_to_sync(instance.method)
+    assert bound(1) == (1,)
+    assert bound.__self__ is instance
+    assert facade.async_to_sync(functools.partial(instance.method, 1))(2) == (1, 2)
+    keywords = {"timeout": 1, "context": 2, "awaitable": 3, "async_fn": 4}
+    assert facade.async_to_sync(instance)(**keywords) == keywords
+
+
+def test_a_function_around_a_coroutine_runs_on_the_calling_thread_when_called(facade: SyncFacade) -> None:
+    """The code of a plain function that returns an awaitable is the caller's; a warning says what it is not."""
+    threads: list[int] = []
+
+    async def answer(value: int) -> int:
+        return value
+
+    def around(value: int) -> Any:
+        threads.append(here())
+        return answer(value)
+
+    with pytest.warns(UserWarning, match="non-async-marked"):
+        call = facade.async_to_sync(around)
+    assert call(42) == 42
+    assert threads == [here()]
+
+
+def test_wrong_arguments_are_told_when_it_is_called(facade: SyncFacade) -> None:
+    """A TypeError names the function that was called wrongly."""
+
+    async def two(first: int, second: int) -> None: ...
+
+    with pytest.raises(TypeError, match="two"):
+        facade.async_to_sync(two)(1)  # type: ignore[call-arg]
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def frames(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def test_an_exception_shows_both_sides_when_it_comes_out(facade: SyncFacade) -> None:
+    """The traceback holds the caller's and the coroutine's frames, and at most 10 in all."""
+
+    async def fail() -> None:
+        raise ValueError("as it should")
+
+    with pytest.raises(ValueError, match="as it should") as raised:
+        facade.async_to_sync(fail)()
+    shown = frames(raised.value)
+    assert shown[0] == "test_an_exception_shows_both_sides_when_it_comes_out"
+    assert shown[-1] == "fail"
+    assert len(shown) <= 10
+
+
+def test_a_traceback_stays_as_it_is_when_one_exception_is_raised_again_and_again(facade: SyncFacade) -> None:
+    """1,000 raises of the same object leave the frames of the last."""
+    same = ValueError("the same")
+
+    async def fail() -> None:
+        raise same
+
+    call = facade.async_to_sync(fail)
+    lengths = set()
+    for _ in range(1_000):
+        try:
+            call()
+        except ValueError as error:
+            lengths.add(len(frames(error)))
+    assert len(lengths) == 1
+    assert lengths.pop() <= 10
+
+
+def test_an_exception_comes_through_synchronous_code_when_that_raised_it(facade: SyncFacade) -> None:
+    """What sync_to_async code raises reaches the coroutine, and the caller, as itself."""
+    same = KeyError("the same")
+
+    def fail() -> None:
+        raise same
+
+    async def ask() -> None:
+        await sync_to_async(fail)()
+
+    call = facade.async_to_sync(ask)
+    lengths = set()
+    for _ in range(100):
+        with pytest.raises(KeyError) as raised:
+            call()
+        assert raised.value is same
+        lengths.add(len(frames(same)))
+        assert frames(same)[-1] == "fail"
+    assert len(lengths) == 1
+
+
+def test_the_handled_exception_is_seen_inside_when_called_from_an_except_block(facade: SyncFacade) -> None:
+    """sys.exc_info() and chaining work as in the caller, and the handled exception's traceback does not grow."""
+
+    async def look() -> BaseException | None:
+        await asyncio.sleep(0)
+        return sys.exc_info()[1]
+
+    async def fail() -> None:
+        raise ValueError("while handling")
+
+    def handle() -> None:
+        try:
+            raise KeyError("handled")
+        except KeyError as error:
+            lengths = [len(frames(error))]
+            for _ in range(100):
+                seen.add(facade.async_to_sync(look)())
+                lengths.append(len(frames(error)))
+            grown.extend(length for length in lengths if length != lengths[0])
+            facade.async_to_sync(fail)()
+
+    seen: set[BaseException | None] = set()
+    grown: list[int] = []
+    assert facade.async_to_sync(look)() is None
+    with pytest.raises(ValueError, match="while handling") as raised:
+        handle()
+    assert seen == {raised.value.__context__}
+    assert grown == []
+
+
+def test_no_garbage_is_left_when_calls_end(threaded: SyncFacade) -> None:
+    """Nothing of a call, returned or raised, is left to the cyclic garbage collector."""
+
+    async def answer() -> int:
+        return await on_caller()
+
+    async def fail() -> None:
+        raise ValueError("as it should")
+
+    async def reraise() -> None:
+        raise
+
+    def once() -> None:
+        threaded.async_to_sync(answer)()
+        try:
+            threaded.async_to_sync(fail)()
+        except ValueError:
+            pass
+
+    def handling() -> None:
+        try:
+            raise KeyError("handled")
+        except KeyError:
+            try:
+                threaded.async_to_sync(reraise)()
+            except KeyError:
+                pass
+
+    once()
+    handling()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            once()
+            handling()
+        ours = _garbage()
+    finally:
+        gc.enable()
+    assert ours == []
+
+
+def _garbage() -> list[object]:
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        return [
+            found
+            for found in gc.garbage
+            if type(found).__name__ in ("Call", "CallerExecutor", "ValueError", "KeyError")
+        ]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+# ---------------------------------------------------------------------------------------------------- interrupts
+
+
+class Interrupt(Exception):
+    """What a signal handler raises here; registered, as RQ's timeouts are."""
+
+
+register_interrupt(Interrupt)
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """``interrupt()``: from any thread, have Interrupt raised on the main thread by a real signal's handler."""
+
+    def handler(_signum: int, _frame: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_coroutine_is_cancelled_and_cleaned_up_when_a_signal_ends_the_wait(
+    facade: SyncFacade, interrupt: Callable[[], None]
+) -> None:
+    """The signal's exception comes out after the coroutine's finally block, whose variables flow out as well."""
+    seen: list[str] = []
+
+    async def wait() -> None:
+        asyncio.get_running_loop().call_soon(interrupt)
+        try:
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+        finally:
+            await asyncio.sleep(0.01)
+            variable.set("from the clean-up")
+            seen.append("cleaned up")
+
+    def call() -> str:
+        with pytest.raises(Interrupt):
+            facade.async_to_sync(wait)()
+        return variable.get()
+
+    assert contextvars.copy_context().run(call) == "from the clean-up"
+    assert seen == ["cancelled", "cleaned up"]
+    assert facade.call_sync(running_loop)
+
+
+@pytest.mark.parametrize("raised", [Interrupt, KeyboardInterrupt, SystemExit])
+def test_an_interrupt_ends_the_call_when_it_lands_in_synchronous_code(
+    facade: SyncFacade, raised: type[BaseException]
+) -> None:
+    """What ends a call is never a sync_to_async function's error: the coroutine only sees that it was cancelled."""
+    seen: list[type[BaseException]] = []
+
+    def strike() -> None:
+        raise raised
+
+    async def ask() -> None:
+        try:
+            await sync_to_async(strike)()
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+
+    with pytest.raises(raised):
+        facade.async_to_sync(ask)()
+    assert seen == [asyncio.CancelledError]
+
+
+def test_an_interrupt_ends_the_call_when_it_lands_in_work_from_a_foreign_loop(facade: SyncFacade) -> None:
+    """The same holds for work that another loop has handed over; that loop is told that the caller has gone."""
+    seen: list[type[BaseException]] = []
+    told = threading.Event()
+
+    def strike() -> None:
+        raise Interrupt
+
+    async def foreign() -> None:
+        try:
+            await sync_to_async(strike)()
+        except BaseException as error:
+            seen.append(type(error))
+        told.set()
+
+    async def ask() -> None:
+        await sync_to_async(asyncio.run, thread_sensitive=False)(foreign())
+
+    with pytest.raises(Interrupt):
+        facade.async_to_sync(ask)()
+    assert told.wait(PATIENCE)
+    assert seen == [NoCallerError]
+
+
+def test_work_that_waits_its_turn_is_refused_when_the_call_is_interrupted(facade: SyncFacade) -> None:
+    """No synchronous code starts on a caller that was told to stop."""
+    ran: list[int] = []
+
+    def strike() -> None:
+        raise Interrupt
+
+    async def ask() -> None:
+        await asyncio.gather(sync_to_async(strike)(), *(sync_to_async(ran.append)(number) for number in range(3)))
+
+    with pytest.raises(Interrupt):
+        facade.async_to_sync(ask)()
+    assert ran == []
+
+
+# ---------------------------------------------------------------------------------------------- as every other call
+
+
+def test_the_facades_limits_hold_when_called_through_it(facade: SyncFacade) -> None:
+    """The default timeout ends it with DeadlineExceededError, max_in_flight refuses it with SaturatedError."""
+    limited = SyncFacade(default_timeout=0.05, max_in_flight=1, drive=facade.drive, use_uvloop=facade.use_uvloop)
+
+    async def nested() -> None:
+        with pytest.raises(SaturatedError):
+            await sync_to_async(limited.async_to_sync(running_loop))()
+
+    async def forever() -> None:
+        await asyncio.sleep(PATIENCE)
+
+    try:
+        limited.async_to_sync(nested)()
+        with pytest.raises(DeadlineExceededError):
+            limited.async_to_sync(forever)()
+    finally:
+        limited.shutdown(0.0)
+
+
+def test_it_is_counted_and_listed_by_the_users_name_when_it_runs(facade: SyncFacade) -> None:
+    """stats() counts the calls, in_flight() lists each under the function's own name."""
+
+    async def look() -> list[str]:
+        return [record.name for record in facade.in_flight()]
+
+    class Callable_:
+        async def __call__(self) -> list[str]:
+            return await look()
+
+    before = facade.stats().calls
+    assert facade.async_to_sync(look)() == [look.__qualname__]
+    assert facade.async_to_sync(functools.partial(look))() == [look.__qualname__]
+    assert facade.async_to_sync(Callable_())() == [Callable_.__qualname__]
+    assert facade.stats().calls == before + 3
+
+
+def test_tasks_left_over_run_on_and_are_counted_when_the_call_has_returned(facade: SyncFacade) -> None:
+    """A task that the coroutine does not wait for is not cancelled: it goes on, and stats() counts it until it ends."""
+    told = threading.Event()
+
+    async def leave() -> asyncio.Event:
+        async def background() -> None:
+            await go.wait()
+            told.set()
+
+        go = asyncio.Event()
+        kept.append(asyncio.create_task(background()))
+        return go
+
+    async def release(go: asyncio.Event) -> None:
+        go.set()
+
+    kept: list[asyncio.Task[None]] = []
+    go = facade.async_to_sync(leave)()
+    assert facade.stats().left_over == 1
+    facade.call_sync(release, go)
+    assert told.wait(PATIENCE)
+    facade.call_sync(asyncio.wait, kept)
+    assert facade.stats().left_over == 0
+
+
+# ---------------------------------------------------------------------------------------------- life of the loop
+
+
+def test_a_forked_child_can_call_when_its_parent_has(facade: SyncFacade) -> None:
+    """After a fork, idle or out of code on the calling thread, the child's calls run on a loop of its own."""
+
+    async def ask() -> int:
+        return await on_caller()
+
+    call = facade.async_to_sync(ask)
+
+    def in_child() -> str:
+        out, into = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(PATIENCE))
+            try:
+                os.write(into, b"right" if call() == here() else b"wrong thread")
+            except BaseException as error:
+                os.write(into, repr(error).encode())
+            finally:
+                os._exit(0)
+        os.close(into)
+        with os.fdopen(out, "rb") as said:
+            answer = said.read().decode()
+        return f"{answer}, status {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}"
+
+    async def fork_inside() -> str:
+        return await sync_to_async(in_child)()
+
+    assert call() == here()
+    assert in_child() == "right, status 0"
+    assert facade.async_to_sync(fork_inside)() == "right, status 0"
+    assert call() == here()
+
+
+def test_late_work_in_a_forked_child_is_refused_when_only_the_parent_waits(threaded: SyncFacade) -> None:
+    """The executor of a call that waits in the parent takes nothing in the child, where nobody would ever do it."""
+
+    def submit_in_child() -> int:
+        executor = asgiref.sync.AsyncToSync.executors.current
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                asking = threading.Thread(target=lambda: refused.append(_refusal(executor)), daemon=True)
+                asking.start()
+                asking.join(PATIENCE)
+                status = 0 if refused == ["NoCallerError"] else 2
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    refused: list[str] = []
+
+    async def ask() -> int:
+        return await sync_to_async(submit_in_child)()
+
+    assert threaded.async_to_sync(ask)() == 0
+
+
+def _refusal(executor: Any) -> str:
+    try:
+        executor.submit(here).result(PATIENCE)
+    except RuntimeError as error:
+        return type(error).__name__
+    return "none"
+
+
+def test_every_waiter_is_told_when_the_loop_dies(threaded: SyncFacade) -> None:
+    """The call, and a foreign loop that waits for its caller's thread, get an error; the next call gets a new loop."""
+    seen: list[type[BaseException]] = []
+    ready, go, told = threading.Event(), threading.Event(), threading.Event()
+
+    async def foreign() -> None:
+        ready.set()
+        go.wait(PATIENCE)
+        try:
+            await on_caller()
+        except BaseException as error:
+            seen.append(type(error))
+        told.set()
+
+    def broken() -> None:
+        raise OSError("the selector is gone")
+
+    async def kill() -> None:
+        below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
+        await asyncio.to_thread(ready.wait, PATIENCE)
+        asyncio.get_running_loop()._run_once = broken  # type: ignore[attr-defined]  # from the next turn on
+        go.set()
+        while not asgiref.sync.AsyncToSync.executors.current._foreign:  # no turn: it is posted, and never taken
+            time.sleep(0.001)
+        await below
+
+    with pytest.raises(TTASyncError):
+        threaded.async_to_sync(kill)()
+    assert told.wait(PATIENCE)
+    assert seen == [NoCallerError]
+    assert threaded.async_to_sync(running_loop)()
+
+
+def test_it_is_refused_when_the_facade_was_shut_down(facade: SyncFacade) -> None:
+    """After shutdown() it raises LoopUnavailableError, and makes no coroutine."""
+    facade.shutdown(0.0)
+    with pytest.raises(LoopUnavailableError):
+        facade.async_to_sync(running_loop)()
+
+
+def run_program(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_process_ends_in_silence_when_tasks_and_calls_are_left() -> None:
+    """A fresh process with a call in flight and a task left over exits with status 0, and says nothing."""
+    ended = run_program(
+        """
+        import asyncio, threading
+        from asgiref.sync import sync_to_async
+        from tta_sync import async_to_sync
+
+        in_flight = threading.Event()
+
+        @async_to_sync
+        async def leave():
+            kept.append(asyncio.create_task(asyncio.sleep(60)))
+
+        @async_to_sync
+        async def wait():
+            await sync_to_async(in_flight.set)()
+            await asyncio.sleep(60)
+
+        kept = []
+        leave()
+        threading.Thread(target=wait, daemon=True).start()
+        in_flight.wait()
+        """
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_asgiref_is_not_imported_when_nobody_has_asked_for_it() -> None:
+    """Importing tta_sync, and a call of another kind, load nothing of asgiref; the first use of async_to_sync does."""
+    ended = run_program(
+        """
+        import sys, tta_sync
+        async def answer(): return 42
+        tta_sync.call_sync(answer)
+        assert not [name for name in sys.modules if name.startswith("asgiref")]
+        assert tta_sync.async_to_sync(answer)() == 42
+        assert "asgiref.sync" in sys.modules
+        """
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_greenlets_keep_their_own_code_when_gevent_has_patched_the_process() -> None:
+    """Under gevent, thread-sensitive code runs in the greenlet that called, and 50 of them wait at once."""
+    pytest.importorskip("gevent")
+    ended = run_program(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import asyncio, threading, time, gevent
+        from asgiref.sync import sync_to_async
+        from tta_sync import async_to_sync
+
+        @async_to_sync
+        async def ask():
+            await asyncio.sleep(0.2)
+            first = await sync_to_async(threading.get_ident)()
+            return {first, await asyncio.create_task(sync_to_async(threading.get_ident)())}
+
+        def call():
+            return ask() == {threading.get_ident()}
+
+        started = time.monotonic()
+        greenlets = [gevent.spawn(call) for _ in range(50)]
+        gevent.joinall(greenlets, timeout=20)
+        assert [greenlet.value for greenlet in greenlets] == [True] * 50, [g.value for g in greenlets]
+        assert time.monotonic() - started < 5, "one after the other they take 10 s"
+        """
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
