@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive as CachePrimitive
+    from tta_sync.primitives.performance.memory import InMemoryStore as InMemoryStore
+    from tta_sync.primitives.performance.memory import MemoryPrimitive as MemoryPrimitive
+    from tta_sync.primitives.performance.memory import create_memory_key as create_memory_key
     from tta_sync.primitives.performance.stores import CacheBackend as CacheBackend
     from tta_sync.primitives.performance.stores import InMemoryBackend as InMemoryBackend
     from tta_sync.primitives.performance.stores import RedisBackend as RedisBackend
@@ -15,7 +18,10 @@ _HOME = {
     "CacheBackend": "stores",
     "CachePrimitive": "cache",
     "InMemoryBackend": "stores",
+    "InMemoryStore": "memory",
+    "MemoryPrimitive": "memory",
     "RedisBackend": "stores",
+    "create_memory_key": "memory",
 }
 
 __all__ = sorted(_HOME)

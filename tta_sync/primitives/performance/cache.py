@@ -30,7 +30,7 @@ from tta_sync.primitives.core.base import (
     step_name,
 )
 from tta_sync.primitives.core.composition import children_of
-from tta_sync.primitives.performance.flights import REFRESH_LIMIT, Flight, Flights
+from tta_sync.primitives.performance.flights import Flight, Flights
 from tta_sync.primitives.performance.in_memory import MemoryLayer
 from tta_sync.primitives.performance.keys import LONG_FORM, is_plain, prefix
 from tta_sync.primitives.performance.stores import CacheBackend, Guard, InMemoryBackend, MemoryStore, RedisBackend
@@ -290,10 +290,10 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
             if self._key_of is not None:
                 known = self._key_of(data, context)
             form = dumps(known, 2)
+            if context.tenant is not None:
+                form += dumps(context.tenant, 2)
         except Exception:  # not to be marshalled, or the user's key function fails: the long way will tell
             return MISS
-        if context.tenant is not None:
-            form += dumps(context.tenant, 2)
         if len(form) >= LONG_FORM:
             form = blake2b(form, digest_size=16).digest()
         entry = store.forms.get(self._salt + form if self._salt else form)
@@ -351,7 +351,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
             finally:
                 del flight
 
-        self.flights.begin(key, context, tags, f"refresh, {self.label}", told, REFRESH_LIMIT)
+        self.flights.begin(key, context, tags, f"refresh, {self.label}", told)
 
     # ---- chance ------------------------------------------------------------------------------------------------------
 

@@ -179,22 +179,19 @@ class Flights:
                 error = None  # else its traceback would lead to this frame, and this frame to it
                 del flight, waiter
 
-    def begin(
-        self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work, limit: float
-    ) -> bool:
-        """Begin *work* in the background, with *limit* seconds of its own, unless somebody is at it already."""
+    def begin(self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work) -> None:
+        """Begin *work* in the background, with a time limit of its own, unless somebody is at it already."""
         flight = Flight(key, context, tags, background=True)
         flight.context.correlation_id = context.correlation_id
         flight.context._parent = None
-        flight.context.deadline = Deadline(context.clock.monotonic() + limit, limit, context.clock)
+        flight.context.deadline = Deadline(context.clock.monotonic() + REFRESH_LIMIT, REFRESH_LIMIT, context.clock)
         with self._guard.lock:
             current = self._open.get(key)
             if current is not None and current.alive:
-                return False
+                return
             self._open[key] = flight
             self._all.add(flight)
         self._launch(flight, name, work)
-        return True
 
     @staticmethod
     def _was_the_leaders(error: BaseException, context: WorkflowContext) -> bool:
@@ -283,10 +280,9 @@ class Flights:
         timer = None
         if flight.background:
             current_caller.set(None)
-            context = flight.context
-            assert context.deadline is not None
             assert flight.task is not None
-            timer = context.clock.call_at(context.deadline.at, flight.task.cancel)
+            # The loop's own time: nobody's call is at stake, and a virtual clock would not wait for a real step.
+            timer = flight.loop.call_later(REFRESH_LIMIT, flight.task.cancel)
         try:
             value = await work(flight)
             with self._guard.lock:
@@ -316,13 +312,15 @@ class Flights:
         if flight.error is None and flight.task is not None and flight.task.cancelled():
             flight.error = asyncio.CancelledError()
         for loop, waiter in waiters:
+            if loop.is_closed():
+                continue  # nobody waits there any more
             if loop is flight.loop:
                 _wake(waiter, True)
             else:
                 try:
                     loop.call_soon_threadsafe(_wake, waiter, True)
                 except RuntimeError:
-                    pass  # that loop was closed: nobody waits there any more
+                    pass  # it was closed this very moment
 
     # ---- invalidation ------------------------------------------------------------------------------------------------
     # The caller holds the lock.

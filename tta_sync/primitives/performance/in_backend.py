@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
@@ -69,11 +70,7 @@ class BackendLayer:
                     if old.degraded:
                         context.mark_degraded()
                     if now >= old.fresh_until:
-
-                        async def renew(flight: Flight) -> Any:
-                            return await self._compute(flight, key, data, None)
-
-                        cache.refresh(key, context, frozenset(), renew)
+                        cache.refresh(key, context, frozenset(), partial(self._compute, key=key, data=data, old=None))
                     return value
                 reason = "expired"
         except Undecodable as undecodable:
@@ -87,10 +84,7 @@ class BackendLayer:
         cache.count_miss(context, "backend", reason)
         primitive = cache.primitive
         assert primitive is not None
-
-        async def work(flight: Flight) -> Any:
-            return await self._compute(flight, key, data, old)
-
+        work = partial(self._compute, key=key, data=data, old=old)
         return await cache.flights.share(
             key, context, frozenset(), cache.label, work, lambda: primitive._run(data, context)
         )
@@ -137,11 +131,11 @@ class BackendLayer:
             return
         try:
             name = await self._name(key)
-            if flight.revoked:
+            if _revoked(flight):
                 return
             await self._within(self._backend.set(name, blob, lifetime + cache.stale_if_error))
-            if flight.revoked:
-                await self._within(self._backend.delete(name))  # it was invalidated while we wrote
+            if _revoked(flight):  # while we wrote
+                await self._within(self._backend.delete(name))
                 return
         except Exception as error:  # of a store of which we know nothing
             cache.emit_bypassed(context, "backend", type(error).__qualname__)
@@ -177,6 +171,10 @@ class BackendLayer:
             raise ConnectionError(
                 f"{type(self._backend).__name__} could not be told of an invalidation: {type(error).__name__}"
             ) from error
+
+
+def _revoked(flight: Flight) -> bool:
+    return flight.revoked
 
 
 def _claims_of(backend: Any) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
@@ -38,9 +39,8 @@ class MemoryLayer:
         for layer in self.below:
             await layer.listen()
 
-        async def work(flight: Flight) -> Any:
-            return await self._compute(flight, key, known, data)
-
+        # Not a function around it: its frame would hold the flight, and the flight an error that leads to the frame.
+        work = partial(self._compute, key=key, known=known, data=data)
         return await cache.flights.share(
             key, context, self._tags(data, known, context), cache.label, work, lambda: primitive._run(data, context)
         )
@@ -92,10 +92,7 @@ class MemoryLayer:
         if entry.degraded:
             context.mark_degraded()
         if now >= entry.fresh_until:
-
-            async def work(flight: Flight) -> Any:
-                return await self._compute(flight, key, known, data)
-
+            work = partial(self._compute, key=key, known=known, data=data)
             cache.refresh(key, context, self._tags(data, known, context), work)
         return entry.copy()
 

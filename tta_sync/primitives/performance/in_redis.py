@@ -26,6 +26,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Coroutine
+from functools import partial
 from hashlib import sha1
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -245,10 +246,7 @@ class RedisLayer:
         cache.count_miss(context, "redis", reason)
         primitive = cache.primitive
         assert primitive is not None
-
-        async def work(flight: Flight) -> Any:
-            return await self._compute(flight, key, counters, data, seen, old)
-
+        work = partial(self._compute, key=key, counters=counters, data=data, seen=seen, old=old)
         return await cache.flights.share(key, context, tags, cache.label, work, lambda: primitive._run(data, context))
 
     def _fault(self, envelope: Envelope, versions: list[bytes | None], context: WorkflowContext) -> str:
@@ -278,10 +276,7 @@ class RedisLayer:
         if envelope.degraded:
             context.mark_degraded()
         if stale or (cache.xfetch_beta and now >= cache.early(envelope.expires_at, envelope.cost)):
-
-            async def work(flight: Flight) -> Any:
-                return await self._compute(flight, key, counters, data, b"", None, refresh=True)
-
+            work = partial(self._compute, key=key, counters=counters, data=data, seen=b"", old=None, refresh=True)
             cache.refresh(key, context, tags, work)
         return value
 

@@ -37,10 +37,10 @@ def exact_form(data: Any, tenant: str | None = None) -> bytes | None:
     """
     try:
         form = marshal.dumps(data, 2)  # later versions write references, which depend on who else holds an object
+        if tenant is not None:
+            form += marshal.dumps(tenant, 2)  # no marshalled object is the beginning of another
     except ValueError:
         return None
-    if tenant is not None:
-        form += marshal.dumps(tenant, 2)  # no marshalled object is the beginning of another
     return form if len(form) < LONG_FORM else blake2b(form, digest_size=16).digest()
 
 
@@ -85,7 +85,7 @@ def digest(data: Any, argument: str = "data") -> bytes:
 
 def prefix(*parts: str | None) -> str:
     """Return *parts* as one readable text in which none of them can pass for another; None is a part, too."""
-    return "".join("_:" if part is None else f"{_component(part)}:" for part in parts)
+    return "".join("_:" if part is None else f"{_component(str(part))}:" for part in parts)
 
 
 def _component(text: str) -> str:
