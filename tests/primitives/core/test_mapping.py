@@ -97,7 +97,7 @@ def test_progress_is_told_after_each_item(workflow_events: list[Event]) -> None:
     """One event per item, with what is done, what there is, and what failed."""
     context = WorkflowContext(clock=FakeClock(), correlation_id="id")
     run(MapPrimitive(step(work, name="work"), on_error="collect"), [1, 13, 2], context)
-    assert workflow_events == [
+    assert [event for event in workflow_events if isinstance(event, MapProgressed)] == [
         MapProgressed(step="work", correlation_id="id", done=1, total=3, failed=0),
         MapProgressed(step="work", correlation_id="id", done=2, total=3, failed=0),
         MapProgressed(step="work", correlation_id="id", done=3, total=3, failed=1),

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, overload
 
+from tta_sync import events
 from tta_sync.context import WorkflowContext, current_caller, current_context, current_pool, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.composition import children_of, details_of
@@ -150,6 +151,7 @@ class WorkflowPrimitive(Generic[In, Out]):
     idempotent: bool | None = None
     peeks: ClassVar[bool] = False
     name: str | None = None
+    tells_itself: ClassVar[bool] = False  # True: composites around it emit no StepStarted and StepEnded for it
     runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
     _operator: str = ""  # with which the repr joins several parts, so that brackets go round it
     strategy: ClassVar[str] = ""  # "retry", "timeout", "cache" ...: what conflict() looks at, without an import
@@ -573,6 +575,31 @@ else:
     step = _decorator(LambdaPrimitive, may_be_async=True)
     caller_step = _decorator(CallerPrimitive, may_be_async=False)
     thread_step = _decorator(ThreadPrimitive, may_be_async=False)
+
+
+def told(step: WorkflowPrimitive[Any, Any]) -> Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]:
+    """Return what runs *step*, with an event at its start and its end. Composites ask for it where a hook listens."""
+    return step._run if type(step).tells_itself else functools.partial(_tell, step)
+
+
+async def _tell(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowContext) -> Any:
+    name, clock = step_name(step), context.clock
+    emit = events.bus.emit
+    if emit is not None:
+        emit(events.StepStarted(step=name, correlation_id=context.correlation_id))
+    began = clock.monotonic()
+    failed: BaseException | None = None
+    try:
+        return await step._run(data, context)
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        emit = events.bus.emit
+        if emit is not None:
+            seconds = clock.monotonic() - began
+            emit(events.StepEnded(step=name, correlation_id=context.correlation_id, seconds=seconds, error=failed))
+        failed = None  # else the error's frames would lead back to it
 
 
 def note(error: BaseException, text: str) -> None:

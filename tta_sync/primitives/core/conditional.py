@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
+from tta_sync.events import bus
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name, told
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -25,6 +26,8 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
 
     Source: TTA.dev's ConditionalPrimitive, with async conditions awaited.
     """
+
+    tells_itself = True
 
     def __init__(
         self,
@@ -53,10 +56,10 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
         )
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
-        if await self._decide(data, context):
-            return await self.then_primitive._run(data, context)
-        if self.else_primitive is not None:
-            return await self.else_primitive._run(data, context)
+        chosen = self.then_primitive if await self._decide(data, context) else self.else_primitive
+        if chosen is not None:
+            result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+            return result
         unchanged: Any = data
         answer: Out = unchanged
         return answer

@@ -8,7 +8,7 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, told
 from tta_sync.primitives.core.branches import run_windowed
 from tta_sync.primitives.core.parallel import OnError, check_concurrency, check_on_error
 
@@ -30,6 +30,8 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
         TypeError: the input is no collection of items.
     """
 
+    tells_itself = True
+
     def __init__(self, step: StepLike[In, Out], *, max_concurrency: int = 10, on_error: OnError = "raise") -> None:
         self.step: WorkflowPrimitive[In, Out] = as_primitive(step)
         if max_concurrency is None:
@@ -47,7 +49,7 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
             raise TypeError(f"{self!r} needs a collection of items, not {type(data).__name__}: put it in a list")
         items = list(data)
         total = len(items)
-        name, run = step_name(self.step), self.step._run
+        name, run = step_name(self.step), told(self.step) if events.bus.emit is not None else self.step._run
 
         def progress(left: int, failed: int) -> None:
             emit = events.bus.emit

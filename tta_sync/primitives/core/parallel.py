@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tta_sync.context import WorkflowContext
+from tta_sync.events import bus
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, told
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
 
@@ -49,6 +50,8 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
     Caller steps share one thread, so they run one after another; a parallel of nothing else is a CompositionWarning.
     Source: TTA.dev's ParallelPrimitive; cancelling and awaiting siblings is structured concurrency (trio, TaskGroup).
     """
+
+    tells_itself = True
 
     def __init__(
         self,
@@ -109,7 +112,10 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         return Outline("fork", f"parallel: {details}" if (details := self.details()) else "parallel")
 
     async def _run(self, data: In, context: WorkflowContext) -> list[Out]:
-        calls = [(name, run, data, context.create_child_context()) for name, run in self._starts]
+        starts = self._starts
+        if bus.emit is not None:
+            starts = tuple((name, told(branch)) for (name, _), branch in zip(starts, self.branches, strict=True))
+        calls = [(name, run, data, context.create_child_context()) for name, run in starts]
         if self.max_concurrency is None:
             return await run_all(calls, self._label, self._collect)
         return await run_windowed(iter(calls), len(calls), self.max_concurrency, self._label, self._collect)

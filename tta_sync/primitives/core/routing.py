@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
+from tta_sync.events import bus
 from tta_sync.exceptions import ConfigurationError, NoRouteError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name, told
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -26,6 +27,8 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
 
     Source: TTA.dev's SwitchPrimitive.
     """
+
+    tells_itself = True
 
     def __init__(
         self,
@@ -56,7 +59,8 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         case = self.cases.get(await self._select(data, context), self.default)
         if case is not None:
-            return await case._run(data, context)
+            result: Out = await (case._run if bus.emit is None else told(case))(data, context)
+            return result
         unchanged: Any = data
         answer: Out = unchanged
         return answer
@@ -84,6 +88,8 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
 
     Source: TTA.dev's RouterPrimitive.
     """
+
+    tells_itself = True
 
     def __init__(
         self, routes: Mapping[Any, StepLike[In, Out]], router_fn: Callable[..., Any], default: Any = None
@@ -117,7 +123,9 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
             key = self.default
         history = context.state.setdefault("routing_history", [])
         history.append({"route": key, "used_default": used_default, "timestamp": context.clock.time()})
-        return await self.routes[key]._run(data, context)
+        chosen = self.routes[key]
+        result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+        return result
 
     def details(self) -> str:
         return "" if self.default is None else f"default={self.default!r}"

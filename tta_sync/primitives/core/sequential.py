@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tta_sync.context import WorkflowContext
+from tta_sync.events import bus
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import (
     MISS,
@@ -25,6 +26,7 @@ from tta_sync.primitives.core.base import (
     WorkflowPrimitive,
     as_primitive,
     note,
+    told,
 )
 from tta_sync.primitives.core.composition import is_unbound
 
@@ -85,6 +87,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     peeks = True
+    tells_itself = True
 
     def __init__(self, primitives: Sequence[StepLike[Any, Any]]) -> None:
         # What the list nests, it means to nest: only `>>` lets a chain with caches grow.
@@ -124,6 +127,8 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
         runs = self._runs or self._bind()
+        if bus.emit is not None:
+            runs = tuple(map(told, self.steps if self._bound is None else (self._bound,)))
         position = 0
         try:
             for run in runs:

@@ -24,6 +24,8 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
     Source: TTA.dev's InstrumentedPrimitive.
     """
 
+    tells_itself = True
+
     def __init__(self, name: str | None = None) -> None:
         self.name = name
 

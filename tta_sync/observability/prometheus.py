@@ -1,0 +1,171 @@
+"""Prometheus metrics of events, and the port on which they are served."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tta_sync.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from tta_sync.events import Event
+
+logger = logging.getLogger("tta_sync")
+
+MAX_NAMES = 1000
+"""How many different step names become labels: a name made at run time must not fill the server's memory."""
+
+
+class PrometheusHook:
+    """Count and time events in *registry*; None makes one of its own.
+
+    Raises:
+        ConfigurationError: prometheus_client is not installed.
+    """
+
+    def __init__(self, service_name: str, service_version: str = "", registry: CollectorRegistry | None = None) -> None:
+        try:
+            import prometheus_client as client
+        except ImportError:
+            raise ConfigurationError("metrics need the prometheus extra: pip install 'tta-sync[prometheus]'") from None
+        self._collectors: list[Any] = []
+        if registry is None:
+            registry = client.CollectorRegistry()
+            for about_the_process in client.ProcessCollector, client.PlatformCollector, client.GCCollector:
+                about_the_process(registry=registry)
+        self.registry = registry
+        self._names: set[str] = set()
+        self._lock = threading.Lock()  # guards _names while a new one is let in
+
+        def counter(name: str, text: str, *labels: str) -> Any:
+            return self._made(client.Counter(name, text, labels, registry=self.registry))
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            return self._made(client.Gauge(name, text, labels, registry=self.registry, multiprocess_mode="max"))
+
+        def histogram(name: str, text: str, *labels: str) -> Any:
+            return self._made(client.Histogram(name, text, labels, registry=self.registry))
+
+        # A gauge, not an Info: those do not work where several processes share their metrics.
+        service = gauge("tta_service_info", "Which service this is", "service_name", "service_version")
+        service.labels(service_name, service_version).set(1)
+
+        steps = histogram("tta_step_duration_seconds", "How long steps took", "step", "outcome")
+        retries = counter("tta_retries", "Attempts that failed and were repeated", "step")
+        exhausted = counter("tta_retries_exhausted", "Retries that gave up", "step", "reason")
+        timeouts = counter("tta_step_timeouts", "Steps that were cut at their limit", "step", "detached")
+        fallbacks = counter("tta_fallbacks", "Answers by a fallback", "step", "used")
+        changes = counter("tta_circuit_transitions", "Changes of a circuit", "circuit", "to")
+        circuit = gauge("tta_circuit_state", "0 closed, 1 half-open, 2 open", "circuit")
+        rejected = counter("tta_calls_rejected", "Calls that were turned away", "step", "by")
+        hedges = counter("tta_hedges", "Second attempts beside a slow first", "step")
+        compensations = counter("tta_compensations_failed", "Compensations that failed", "step")
+        items = counter("tta_map_items", "Items of maps that ended", "step")
+        cache = counter("tta_cache_requests", "Cache look-ups", "step", "layer", "result")
+        stores = counter("tta_cache_stores", "Values stored in a cache", "step", "layer")
+        stalls = histogram("tta_loop_stall_seconds", "How long code blocked the event loop")
+        orphans = counter("tta_calls_orphaned", "Calls left running after their caller went")
+        restarts = counter("tta_loop_restarts", "Deaths of the event loop's thread")
+        transactions = histogram("tta_transaction_held_seconds", "How long transactions were held across an await")
+
+        def changed(state: str, value: int) -> Callable[[Any, str], None]:
+            def record(event: Any, step: str) -> None:
+                changes.labels(step, state).inc()
+                circuit.labels(step).set(value)
+
+            return record
+
+        self._records: dict[str, Callable[[Any, str], None]] = {
+            "StepEnded": lambda e, step: steps.labels(step, "error" if e.error else "ok").observe(e.seconds),
+            "RetryScheduled": lambda e, step: retries.labels(step).inc(),
+            "RetryExhausted": lambda e, step: exhausted.labels(step, self._label(e.reason)).inc(),
+            "StepTimedOut": lambda e, step: timeouts.labels(step, str(e.detached).lower()).inc(),
+            "FallbackUsed": lambda e, step: fallbacks.labels(step, self._label(e.used)).inc(),
+            "BreakerClosed": changed("closed", 0),
+            "BreakerHalfOpened": changed("half_open", 1),
+            "BreakerOpened": changed("open", 2),
+            "CallRejected": lambda e, step: rejected.labels(step, e.by).inc(),
+            "HedgeStarted": lambda e, step: hedges.labels(step).inc(),
+            "CompensationFailed": lambda e, step: compensations.labels(step).inc(),
+            "MapProgressed": lambda e, step: items.labels(step).inc(),
+            "CacheHit": lambda e, step: cache.labels(step, e.layer, "stale" if e.stale else "hit").inc(),
+            "CacheMiss": lambda e, step: cache.labels(step, e.layer, "miss").inc(),
+            "CacheBypassed": lambda e, step: cache.labels(step, e.layer, "bypass").inc(),
+            "CacheStored": lambda e, step: stores.labels(step, e.layer).inc(),
+            "LoopStalled": lambda e, step: stalls.observe(e.seconds),
+            "CallOrphaned": lambda e, step: orphans.inc(),
+            "LoopRestarted": lambda e, step: restarts.inc(),
+            "TransactionHeld": lambda e, step: transactions.observe(e.seconds),
+        }
+
+    def __call__(self, event: Event) -> None:
+        record = self._records.get(type(event).__name__)
+        if record is not None:
+            record(event, self._label(event.step))
+
+    def close(self) -> None:
+        """Take the metrics out of the registry."""
+        for collector in self._collectors:
+            self.registry.unregister(collector)
+
+    def _made(self, collector: Any) -> Any:
+        self._collectors.append(collector)
+        return collector
+
+    def _label(self, name: str) -> str:
+        if name in self._names:
+            return name
+        with self._lock:
+            if len(self._names) >= MAX_NAMES:
+                return "other"
+            self._names.add(name)
+            return name
+
+
+class MetricsServer:
+    """Serve a registry over HTTP in a thread of its own; where the port is taken, warn once and serve nothing.
+
+    Where ``PROMETHEUS_MULTIPROC_DIR`` is set, one server serves the sums of all processes that share the directory.
+    """
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        from prometheus_client import CollectorRegistry, multiprocess, start_http_server
+
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # prometheus_client's own
+        self._server: Any = None
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            logger.warning(
+                "metrics are not served by this process: port %s on %s cannot be had (%s); "
+                "choose another prometheus_port, or set PROMETHEUS_MULTIPROC_DIR where several processes share one",
+                port,
+                host,
+                error.strerror,
+            )
+
+    @property
+    def port(self) -> int | None:
+        """The port on which this process serves, or None."""
+        return None if self._server is None else int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving; the port is free on return."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            server.shutdown()
+            self._thread.join()
+            server.server_close()
+
+    def after_fork(self) -> None:
+        """In a forked child: give back the port, which only the parent's thread can serve."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            server.socket.close()
