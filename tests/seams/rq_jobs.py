@@ -11,13 +11,14 @@ from typing import Any
 
 from marshmallow import Schema, fields, validate
 from redis import Redis
-from rq import Retry, get_current_job
+from rq import Queue, Retry, get_current_job
+from rq.serializers import JSONSerializer
 
 from tta_sync.context import WorkflowContext, current_context
 from tta_sync.exceptions import StepTimeoutError
 from tta_sync.facade import default_facade
 from tta_sync.primitives.core.base import caller_step, step
-from tta_sync.rq import workflow_job
+from tta_sync.rq import WorkflowJob, workflow_job
 
 
 class Text(Schema):
@@ -144,6 +145,22 @@ places = workflow_job("default")(on_the_caller >> on_the_loop)
 @workflow_job("default", timeout=30)
 async def its_context(data: Any, context: WorkflowContext) -> dict[str, Any]:
     return describe(context)
+
+
+@workflow_job("default")
+async def its_state(data: Any, context: WorkflowContext) -> Any:
+    return context.state
+
+
+@workflow_job("default")
+def enqueues_another(data: Any, context: WorkflowContext) -> Any:
+    """Run another job inline, as tests do, and say whose context was whose."""
+    queue = Queue("default", connection=redis(), is_async=False, job_class=WorkflowJob, serializer=JSONSerializer)
+    inner = queue.enqueue(
+        "tests.seams.rq_jobs.its_context", None, meta={"tta_sync": {"context": {"correlation_id": "inner"}}}
+    )
+    after = current_context()
+    return [inner.return_value()["correlation_id"], after.correlation_id if after else None]
 
 
 @workflow_job("default")

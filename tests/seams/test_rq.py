@@ -6,7 +6,6 @@ import base64
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import rq.timeouts
 from flask import Flask
 from marshmallow import ValidationError
 from redis import Redis
-from rq import Queue, Retry, SimpleWorker
+from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
@@ -66,7 +65,7 @@ def work(client: Redis, redis_url: str, tmp_path: Path) -> Work:
             timeout=90,
         )
         assert done.returncode == 0, done.stderr
-        return done.stderr
+        return done.stdout + done.stderr
 
     return run
 
@@ -349,6 +348,49 @@ def test_given_context_travels_whole(client: Redis) -> None:
     assert context.deadline is not None
 
 
+def test_state_that_json_cannot_carry_is_refused_with_what_to_do(client: Redis) -> None:
+    """A context given on purpose must be able to travel; nothing is queued if it is not."""
+    with pytest.raises(TypeError, match="state"):
+        jobs.its_context.enqueue(None, context=WorkflowContext(state={"k": object()}))
+    assert client.keys() == []
+
+
+def test_workflow_sees_the_state_that_travelled(client: Redis) -> None:
+    """What was in the given context is there in the job, the same for each attempt of its unit of work."""
+    queue = Queue("default", connection=client, is_async=False, job_class=WorkflowJob, serializer=JSONSerializer)
+    made = workflow_job(queue)(jobs.its_state.workflow)
+    globals()["made_here"] = made
+    try:
+        assert value(made.enqueue(None, context=WorkflowContext(state={"k": 1}))) == {"k": 1}
+    finally:
+        del globals()["made_here"]
+
+    class Twice:
+        def run(self, fn: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+            fn(*args, **keywords)["k"] = "left behind"
+            return fn(*args, **keywords)
+
+    made = workflow_job("default", unit_of_work=Twice())(jobs.its_state.workflow)
+    assert made.run(None, WorkflowContext(state={"k": 1})) == {"k": 1}
+
+
+def test_job_inside_a_job_has_its_own_context(client: Redis) -> None:
+    """Run inline, as tests do: the inner job's context is its own, and the outer's is back afterwards."""
+    queue = Queue("default", connection=client, is_async=False, job_class=WorkflowJob, serializer=JSONSerializer)
+    meta = {"tta_sync": {"context": {"correlation_id": "outer"}}}
+    assert value(queue.enqueue("tests.seams.rq_jobs.enqueues_another", None, meta=meta)) == ["inner", "outer"]
+
+
+def test_worker_does_not_log_what_the_job_was_given(client: Redis, work: Work) -> None:
+    """RQ logs a job's description, which by default shows the arguments; ours is the function's name."""
+    job = jobs.measure.enqueue({"text": "confidential"})
+    jobs.measure.enqueue_many([{"text": "confidential"}])
+    log = work(*OURS)
+    assert "confidential" not in log
+    assert "tests.seams.rq_jobs.measure" in log
+    assert value(job) == {"length": 12}
+
+
 @pytest.mark.parametrize("deadline", [7, Deadline.after(7)])
 def test_deadline_of_the_job_can_be_given(client: Redis, deadline: Any) -> None:
     """deadline= counts the time in the queue too; the job's own timeout still holds."""
@@ -566,19 +608,11 @@ def test_timeout_is_no_steps_error_when_it_lands_inside_a_caller_step(client: Re
 
 def test_context_of_the_job_is_current_while_it_runs_and_gone_afterwards(client: Redis) -> None:
     """current_context() is the job's in sync code too; nothing of it stays on the worker's thread."""
-    job = Queue("default", connection=client, job_class=WorkflowJob).enqueue(
-        "tests.seams.rq_jobs.sync_context", job_id="mine"
-    )
-    worker = SimpleWorker(["default"], connection=client, job_class=WorkflowJob)
-    seen: list[WorkflowContext | None] = []
-    jobs.seen = seen
-    before = worker_signals()
-    try:
-        worker.work(burst=True, logging_level="CRITICAL")
-    finally:
-        restore(before)
+    queue = Queue("default", connection=client, is_async=False, job_class=WorkflowJob)
+    jobs.seen.clear()
+    job = queue.enqueue("tests.seams.rq_jobs.sync_context")
     assert job.is_finished
-    assert seen[0] is not None
+    assert jobs.seen[0] is not None
     assert current_context() is None
     assert default_facade().in_flight() == []
 
@@ -618,15 +652,6 @@ def test_job_without_a_function_fails_as_rqs_own_does(client: Redis) -> None:
     job._func_name = None
     with pytest.raises(ValueError, match="no function"):
         job.perform()
-
-
-def worker_signals() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-
-
-def restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ---- RQ's private API ------------------------------------------------------------------------------------------------

@@ -574,6 +574,25 @@ def test_retried_step_reads_its_objects_again(engine: sa.Engine, work: UnitOfWor
     assert seen == [0, 0]
 
 
+def test_retried_step_reads_what_others_have_committed_meanwhile(postgres: sa.Engine) -> None:
+    """What the failed attempt had only read is read again too, not remembered."""
+    work = unit_of_work(postgres)
+    work.run(run_sync, save, "a")
+    seen: list[int] = []
+
+    @session_step
+    def look(session: Session, data: Any) -> None:
+        row = session.scalars(sa.select(Row).where(Row.value == "a")).one()
+        seen.append(row.count)
+        if len(seen) == 1:
+            with Session(postgres) as other, other.begin():
+                other.execute(sa.update(Row).values(count=5))
+            raise IntegrityError("once", {}, ValueError())
+
+    work.run(run_sync, look, None)
+    assert seen == [0, 5]
+
+
 def test_unit_runs_again_after_a_serialization_failure(postgres: sa.Engine) -> None:
     """PostgreSQL refuses one of two SERIALIZABLE transactions: its unit runs again from its start, and both count."""
     engine = postgres.execution_options(isolation_level="SERIALIZABLE")

@@ -135,18 +135,22 @@ class _Job:
         job = get_current_job()
         if job is None:
             return self.run(data)
-        with running(job):
-            result = self.run(data)
+        with running(job) as context:
+            result = self.run(data, context)
         check_result(job.func_name, result)
         return result
 
     def run(self, data: Any = None, context: WorkflowContext | None = None) -> Any:
         if self.loads is not None:
             data = self.loads.load(data)
-        if self.unit_of_work is None:
-            result = run_sync(self.workflow, data, context)
-        else:
-            result = self.unit_of_work.run(run_sync, self.workflow, data, context)
+        state = None if context is None else context.state.copy()
+
+        def once() -> Any:
+            if context is not None and state is not None:
+                context.state = state.copy()  # a unit of work that begins again must not see what was left behind
+            return run_sync(self.workflow, data, context)
+
+        result = once() if self.unit_of_work is None else self.unit_of_work.run(once)
         if self.dumps is None or isinstance(result, Retry):  # RQ's own way of asking for another run
             return result
         return self.dumps.dump(result)
@@ -183,13 +187,13 @@ class _Job:
         """Refuse what the worker would refuse, and what JSON cannot carry."""
         if self.loads is not None:
             self.loads.load(data)
+        self.check(data, "", "enqueue plain types, as the load schema takes them")
+
+    def check(self, thing: Any, what: str, remedy: str) -> None:
         try:
-            json.dumps(data)
+            json.dumps(thing)
         except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(
-                f"{self.name} was given what JSON cannot carry ({error}): "
-                "enqueue plain types, as the load schema takes them"
-            ) from error
+            raise TypeError(f"{self.name} was given {what}what JSON cannot carry ({error}): {remedy}") from error
 
     def meta(
         self, context: WorkflowContext | None, deadline: Deadline | float | None, meta: dict[str, Any] | None
@@ -205,7 +209,12 @@ class _Job:
         kept: dict[str, Any] = {"context": carried}
         if self.idempotent:
             kept["idempotent"] = True
+        self.check(kept, "a context with ", "keep other things out of its state and metadata")
         return {**(meta or {}), META: kept}
+
+    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        # RQ describes a job by its call, arguments included, and every worker logs that: names say enough.
+        return {"description": self.name, **self.options, **options}
 
     def job_id(self, data: Any) -> str:
         """Name a unique job after what it does to what."""
@@ -230,7 +239,7 @@ class _Job:
             job_id=self.job_id(data) if self.unique and job_id is None else job_id,
             meta=self.meta(context, deadline, meta),
             unique=self.unique,
-            **{**self.options, **options},
+            **self.settings(options),
         )
         return cast(WorkflowJob, job)
 
@@ -257,7 +266,7 @@ class _Job:
         if not batch:
             return []
         kept = self.meta(context, deadline, meta)
-        settings = {**self.options, **options}
+        settings = self.settings(options)
         prepared = [
             Queue.prepare_data(
                 self.name, args=(data,), job_id=None if job_ids is None else job_ids[i], meta=kept, **settings

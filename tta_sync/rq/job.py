@@ -24,12 +24,13 @@ from tta_sync.primitives.core.base import WorkflowPrimitive
 
 META = "tta_sync"  # our key in job.meta
 
-job_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_job_context", default=None)
-"""The context of the job that runs here; always reset when the job ends."""
+_running: ContextVar[tuple[str, WorkflowContext] | None] = ContextVar("tta_sync_job", default=None)
+"""The id and the context of the job that runs here; always reset when the job ends."""
 
 
 def _context_of_job() -> WorkflowContext | None:
-    return job_context.get()
+    bound = _running.get()
+    return None if bound is None else bound[1]
 
 
 if _context_of_job not in context_providers:
@@ -59,16 +60,16 @@ def context_of(job: Job) -> WorkflowContext:
 @contextlib.contextmanager
 def running(job: Job) -> Iterator[WorkflowContext]:
     """Bind the context of *job* for as long as it runs."""
-    context = job_context.get()
-    if context is not None:  # WorkflowJob has bound it already
-        yield context
+    bound = _running.get()
+    if bound is not None and bound[0] == job.id:  # WorkflowJob has bound it already
+        yield bound[1]
         return
     context = context_of(job)
-    token = job_context.set(context)
+    token = _running.set((job.id, context))
     try:
         yield context
     finally:
-        job_context.reset(token)
+        _running.reset(token)
 
 
 def is_json(payload: bytes) -> bool:
@@ -107,7 +108,7 @@ class WorkflowJob(Job):
         if func is None:
             raise ValueError("this job has no function")
         if isinstance(func, WorkflowPrimitive):
-            return run_sync(func, *self.args, **self.kwargs)
+            return run_sync(func, *self.args, **{"context": context, **self.kwargs})
         if inspect.iscoroutinefunction(func):
             return _await(func, context, functools.partial(func, *self.args, **self.kwargs))
         result = func(*self.args, **self.kwargs)
