@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import heapq
 import itertools
 import math
 import threading
 import types
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import CoroutineType
 from typing import Any, NoReturn
 
@@ -128,11 +129,10 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         try:
             try:
                 # A step that never waits needs no timer: nothing could fire while it runs.
-                waited = coroutine.send(None)
+                driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline)
             except StopIteration as stop:
                 result: Out = stop.value
             else:
-                driver = _Driver(coroutine, waited, clock, at, deadline)
                 try:
                     result = await driver
                 finally:
@@ -150,7 +150,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         try:
             return await self._cut(data, context, driver, deadline, cause)
         finally:
-            cause = None  # its frames lead back to this one
+            cause = driver = None  # their frames lead back to this one
 
     async def _cut(
         self,
@@ -164,7 +164,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         fired = driver is not None and driver.fired
         error: StepTimeoutError | None = None
         try:
-            if driver is not None and fired and driver.task.uncancel() > driver.cancelling:
+            if driver is not None and driver.withdraw():
                 # Somebody else has cancelled as well, and that comes first.
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
             if deadline is not None:
@@ -174,7 +174,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 raise error from cause
             self._fell_back(self.fallback, context, error)
         finally:
-            error = cause = None
+            error = cause = driver = None
         return await self.fallback._run(data, context)
 
     def _timed_out(self, context: WorkflowContext, detached: bool, blocked: bool) -> StepTimeoutError:
@@ -312,6 +312,7 @@ class _Driver:
     __slots__ = (
         "_abandon",
         "_alarms",
+        "_asked",
         "_clock",
         "_coroutine",
         "_grace",
@@ -325,7 +326,9 @@ class _Driver:
         "task",
     )
 
-    def __init__(self, coroutine: Any, waited: Any, clock: Clock, at: float, deadline: Deadline | None) -> None:
+    task: Any  # None once the step has ended within its limit
+
+    def __init__(self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
         if task is None:
@@ -339,6 +342,7 @@ class _Driver:
         self._struck: Any = at if deadline is None else deadline  # the one to blame
         self._stranded: Any = None
         self._abandon = False
+        self._asked = 0
         self._grace: Timer | None = None
         self.fired = False
         self.detached = False
@@ -354,6 +358,7 @@ class _Driver:
             if self._grace is not None:
                 self._grace.cancel()
         else:
+            self.task = None  # it may keep an error whose frames lead here
             self._alarms.drop()
 
     # ---- what `await` sees
@@ -375,7 +380,10 @@ class _Driver:
     def throw(self, *error: Any) -> Any:
         if self._abandon:
             self._detach(error[0] if isinstance(error[0], BaseException) else error[1])
-        return self._coroutine.throw(*error)
+        try:
+            return self._coroutine.throw(*error)
+        finally:
+            del error  # its traceback holds this frame
 
     def close(self) -> None:
         self._coroutine.close()
@@ -387,9 +395,19 @@ class _Driver:
 
     # ---- what the timers do
 
+    def withdraw(self) -> bool:
+        """Take back the cancellations asked for here; say whether somebody else has asked for one as well."""
+        task, self.task = self.task, None
+        if not self._asked:
+            return False
+        for _ in range(self._asked):
+            left = task.uncancel()
+        return bool(left > self.cancelling)
+
     def fire(self) -> None:
         """Cancel the step: its limit has come."""
         self.fired = True
+        self._asked = 1
         self._struck.struck = True
         self._grace = self._clock.call_at(self._clock.monotonic() + GRACE, self._leave_behind)
         self.task.cancel()
@@ -397,18 +415,21 @@ class _Driver:
     def _leave_behind(self) -> None:
         """Take the task back from whatever the step waits for, without disturbing the step any further."""
         self._abandon = True
-        waited: Any = getattr(self.task, "_fut_waiter", None)
+        task = self.task
+        waited: Any = getattr(task, "_fut_waiter", None)
         if waited is None:
             return  # the task is about to run anyway
         for callback, variables in list(getattr(waited, "_callbacks", None) or ()):
-            if getattr(callback, "__self__", None) is self.task:
+            if getattr(callback, "__self__", None) is task:
                 waited.remove_done_callback(callback)
                 self._stranded = waited
-                gate = self.task.get_loop().create_future()
+                loop = asyncio.get_running_loop()
+                gate = loop.create_future()
                 gate.set_result(None)
-                self.task.get_loop().call_soon(callback, gate, context=variables)
+                loop.call_soon(callback, gate, context=variables)
                 return
-        self.task.cancel()  # a future of a foreign kind: the step is cancelled a second time
+        self._asked = 2
+        task.cancel()  # a future of a foreign kind: the step is cancelled a second time
 
     def _detach(self, error: BaseException | None) -> NoReturn:
         """Let the step go on in a task of its own."""
@@ -416,6 +437,7 @@ class _Driver:
         orphan = self.task.get_loop().create_task(
             _go_on(self._coroutine, self._stranded, error), name=f"orphan of {self.task.get_name()}"
         )
+        _rehome(self._coroutine, self.task, orphan)
         leave_behind(orphan, self._coroutine)
         raise asyncio.CancelledError
 
@@ -450,6 +472,36 @@ def _resume(coroutine: Any, stranded: Any, error: BaseException | None) -> Gener
             return stop.value
 
 
+def _rehome(coroutine: Any, old: asyncio.Task[Any], new: asyncio.Task[Any]) -> None:
+    """Tell the timeouts and task groups entered inside *coroutine* that it runs in another task now.
+
+    They keep the task that they were entered in, to cancel it: that must not be the caller's any more, nor may a
+    cancellation that they have requested already count against it.
+    """
+    while coroutine is not None:
+        for part in gc.get_referents(coroutine):
+            # An `async with` keeps the bound __aexit__ on the frame's stack.
+            scope = getattr(part, "__self__", part)
+            holder, has_cancelled = _SCOPES.get(type(scope), ("", None))
+            if has_cancelled is not None and getattr(scope, holder) is old:
+                setattr(scope, holder, new)
+                if has_cancelled(scope):
+                    old.uncancel()
+        coroutine = _awaited(coroutine)
+
+
+_SCOPES: dict[type, tuple[str, Callable[[Any], bool] | None]] = {
+    asyncio.Timeout: ("_task", lambda scope: scope.expired()),
+    asyncio.TaskGroup: ("_parent_task", lambda scope: scope._parent_cancel_requested),
+    _Driver: ("task", lambda scope: scope.fired),
+}
+"""Where each kind of scope keeps its task, and whether it has cancelled it already."""
+
+
+def _awaited(coroutine: Any) -> Any:
+    return getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+
+
 def leave_behind(orphan: asyncio.Task[Any], coroutine: Any) -> None:
     """Keep a task that swallowed its cancellation until it ends of itself, and say where it stands."""
     orphans.add(orphan)
@@ -472,7 +524,7 @@ def _where(coroutine: Any) -> str:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
         if frame is not None and (innermost is None or not frame.f_code.co_filename.startswith(_not_the_users())):
             innermost = frame
-        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+        coroutine = _awaited(coroutine)
     if innermost is None:
         return "a step"
     return f"{innermost.f_code.co_filename}:{innermost.f_lineno} in {innermost.f_code.co_qualname}"
