@@ -440,6 +440,30 @@ def test_jobs_run_on_stock_workers_with_our_job_class(
     assert 0 < described["remaining"] <= 30
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("worker", "--worker-class", "rq.worker.SpawnWorker", "--serializer", "json", "--burst"),
+        ("worker-pool", "--num-workers", "2", "--burst"),
+    ],
+)
+def test_jobs_run_on_rqs_other_workers(client: Redis, redis_url: str, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """SpawnWorker (which forgets the job class, so that its serializer must be JSON) and WorkerPool do as well."""
+    a = jobs.measure.enqueue({"text": "abc"})
+    b = jobs.too_long.enqueue("slow", job_id="slow")
+    subprocess.run(
+        [str(RQ), *command, "--url", redis_url, "--path", str(CHECKOUT), *OURS, "default"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=True,
+        capture_output=True,
+        timeout=90,
+    )
+    assert value(a) == {"length": 3}
+    assert "JobTimeoutException" in failure(b)
+    assert client.get("slow:cleaned") == b"started"
+
+
 def test_pickled_async_functions_run_on_stock_workers_with_our_job_class(client: Redis, work: Work) -> None:
     """`queue.enqueue(async_fn, data)` as RQ's users write it, with the default serializer."""
     queue = Queue("default", connection=client)

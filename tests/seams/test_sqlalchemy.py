@@ -1146,6 +1146,18 @@ def test_step_does_not_start_when_the_deadline_has_passed(sqlite: sa.Engine) -> 
     assert ran == []
 
 
+@pytest.mark.parametrize("expected", [DeadlineExceededError, StepTimeoutError])
+def test_database_that_is_first_to_notice_raises_the_same_error(
+    engine: sa.Engine, work: UnitOfWork, expected: type[Exception]
+) -> None:
+    """Whether the loop's timer or the database's ends the statement, the error is the deadline's, or the step's."""
+    end = time.monotonic() + 0.2
+    context = WorkflowContext(deadline=Deadline(end if expected is DeadlineExceededError else end + 100, 0.2))
+    with work, pytest.raises(expected) as caught:
+        slow_query._perform(steps._Turn(), None, context, end)
+    assert isinstance(caught.value.__cause__, DBAPIError)
+
+
 def test_lock_wait_ends_at_the_deadline_on_postgresql(postgres: sa.Engine) -> None:
     """Waiting for another's row lock is part of the statement."""
     work = unit_of_work(postgres)
@@ -1268,6 +1280,24 @@ def fail_in_session(session: Session, data: Any) -> None:
     session.add(Row(value="x"))
     session.flush()
     raise LookupError
+
+
+def test_unit_is_fresh_again_after_each_commit(sqlite: sa.Engine) -> None:
+    """With commit="step" a later step can begin again by itself, whatever was done and committed before it."""
+    ran: list[int] = []
+
+    @session_step
+    def locked_once(session: Session, data: Any) -> None:
+        ran.append(1)
+        if len(ran) == 1:
+            raise locked()
+
+    with unit_of_work(sqlite, commit="step") as unit:
+        unit.session.add(Row(value="beside"))
+        run_sync(save, "a")
+        run_sync(locked_once, None)
+    assert len(ran) == 2
+    assert values(sqlite) == ["a", "beside"]
 
 
 def test_step_begins_again_when_its_own_commit_is_refused(sqlite: sa.Engine) -> None:
