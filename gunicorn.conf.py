@@ -18,7 +18,7 @@ threads = 16
 
 with contextlib.suppress(ValueError, OverflowError):  # the service itself says what is wrong with it
     # A request in flight may take its whole deadline before the worker has to go.
-    graceful_timeout = min(math.ceil(float(os.environ.get("TTA_DEADLINE") or 15.0)), 600) + 5
+    graceful_timeout = min(max(math.ceil(float(os.environ.get("TTA_DEADLINE") or 15.0)), 0), 600) + 5
 
 loglevel = "warning"
 control_socket_disable = True

@@ -289,3 +289,75 @@ def test_port_is_not_allowed_when_it_is_privileged(monkeypatch):
     monkeypatch.setattr(dev.socket, "socket", Privileged)
     with pytest.raises(dev.Refused, match="TTA_PORT: not allowed to listen on port 80; set TTA_PORT to one above 1023"):
         dev.listen("127.0.0.1", 80)
+
+
+def test_start_is_given_up_when_gunicorn_does_not_answer(checkout, tmp_path, processes):
+    """A service that starts but never answers is ended, with a word about it and exit status 1."""
+    (checkout / "wsgi.py").write_text("import time\ntime.sleep(300)\n")
+    with open(checkout / "gunicorn.conf.py", "a") as conf:
+        conf.write("graceful_timeout = 1\n")
+    code = "import sys; from tta_sync.cli import dev, main; dev.START_BUDGET = 1.0; sys.exit(main(['dev']))"
+    env = {**os.environ, "TTA_PORT": "0", "TTA_DATA_DIR": str(tmp_path / "data")}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[0] == "tta-sync: gunicorn did not answer within 1 s"
+    assert processes.of(tmp_path / "data") == {}
+
+
+def test_start_is_stopped_when_sigterm_comes_before_the_first_answer(
+    start_run, checkout, processes, tmp_path, eventually
+):
+    """A stop while gunicorn still loads the application is a stop like any other."""
+    (checkout / "wsgi.py").write_text(f"import time\nopen({str(tmp_path / 'loading')!r}, 'w')\ntime.sleep(300)\n")
+    with open(checkout / "gunicorn.conf.py", "a") as conf:
+        conf.write("graceful_timeout = 1\n")
+    run = start_run(up=False)
+    eventually((tmp_path / "loading").exists)
+    run.process.send_signal(signal.SIGTERM)
+    eventually(lambda: run.process.poll() is not None, within=60)
+    assert run.process.returncode == 0
+    assert processes.of(tmp_path / "data") == {}
+
+
+def test_service_ends_when_its_redis_cannot_come_back(start_run, processes, tmp_path, eventually):
+    """Redis and its keeper killed and the port taken by another: said in words, exit status 1, nothing left."""
+    run = start_run()
+    port, _ = keeper.read_address(tmp_path / "data" / "redis")
+    run.process.send_signal(signal.SIGSTOP)  # so that we are the quicker one
+    os.kill(min(processes.of(tmp_path / "data", "keeper.py")), signal.SIGKILL)
+
+    def taken():
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            return None
+
+    with eventually(taken, what="the end of the Redis"):
+        run.process.send_signal(signal.SIGCONT)
+        assert run.process.wait(60) == 1
+    assert "Redis is gone: redis-server ended and its port was taken meanwhile" in run.output
+    assert processes.of(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("localhost", "http://{}:{}"),
+        ("::1", "http://[::1]:{}"),
+        ("::", "http://[::1]:{}"),
+    ],
+)
+def test_address_can_be_used_when_it_is_printed(start_run, host, shown):
+    """The address in the banner is one that a client on this machine can use, wherever the service listens."""
+    try:
+        dev.listen(host, 0).close()
+    except dev.Refused:
+        pytest.skip(f"this machine has no {host}")
+    run = start_run(TTA_HOST=host)
+    url = run.output.split()[2]
+    port = run.url.rpartition(":")[2]
+    assert url == (shown.format(port) if host != "localhost" else url)
+    assert get(url).isdigit()
+    assert run.stop() == 0

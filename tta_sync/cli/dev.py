@@ -73,7 +73,7 @@ class Settings:
             host=read("TTA_HOST", "127.0.0.1"),
             port=port,
             redis_url=read("REDIS_URL", "") or None,
-            deadline=min(deadline, 600.0) if math.isfinite(deadline) else 15.0,
+            deadline=min(max(deadline, 0.0), 600.0) if math.isfinite(deadline) else 15.0,
         )
 
 
