@@ -43,7 +43,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     tta.init_app(app)
     access.guard(app, settings)
 
-    database = Database(settings)
+    database = Database(settings, statement_timeout=settings.deadline)
     queue = RedisQueue(settings, process_document)
     app.extensions["database"] = database
     app.register_blueprint(documents.create_blueprint(tta, settings, database))

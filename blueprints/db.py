@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, MetaData
+from sqlalchemy import DateTime, Dialect, MetaData, event
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
@@ -47,10 +47,24 @@ class UTCDateTime(TypeDecorator[datetime]):
 
 
 class Database:
-    """One engine, and the units of work over it; connections are opened at first use, anew in a forked child."""
+    """One engine, and the units of work over it; connections are opened at first use, anew in a forked child.
 
-    def __init__(self, settings: Settings, **engine_options: Any) -> None:
+    Args:
+        settings: the service's.
+        statement_timeout: seconds that one statement may take on PostgreSQL, where no session step says less.
+        engine_options: those of ``sqlalchemy.create_engine``.
+    """
+
+    def __init__(self, settings: Settings, *, statement_timeout: float | None = None, **engine_options: Any) -> None:
         self.engine = create_engine(settings.database_url, **engine_options)
+        if statement_timeout is not None and self.engine.dialect.name == "postgresql":
+            milliseconds = max(1, int(statement_timeout * 1000))
+
+            @event.listens_for(self.engine, "connect")
+            def bound(connection: Any, _record: Any) -> None:
+                connection.execute(f"SET statement_timeout = {milliseconds}")
+                connection.commit()
+
         session = sessionmaker(self.engine, expire_on_commit=False)
         self.units = unit_of_work(session)
         """One transaction per request."""

@@ -56,7 +56,8 @@ class Parts:
     def _make(self, settings: Settings) -> tuple[Database, WorkflowPrimitive[Any, Any]]:
         flow = build_flow(settings, save=save_item)
         # A document has as long as a request has; the job's own alarm, later, is for what ignores this.
-        return Database(settings), TimeoutPrimitive(flow, timeout_seconds=settings.deadline, name="document")
+        database = Database(settings, statement_timeout=settings.deadline)
+        return database, TimeoutPrimitive(flow, timeout_seconds=settings.deadline, name="document")
 
     @property
     def database(self) -> Database:

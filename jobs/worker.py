@@ -6,21 +6,25 @@ milliseconds; and at start-up, and every SWEEP_EVERY seconds, it takes up jobs t
 
 from __future__ import annotations
 
+import gc
+import importlib
 import math
+import sys
 import time
 from typing import Any
 
 from rq import Queue, Worker
 from rq.job import Job
 from sqlalchemy import NullPool
+from sqlalchemy.orm import configure_mappers
 
 from blueprints.batches.queue import RedisQueue
 from blueprints.db import Database
 from blueprints.documents.local import load_language_model
-from blueprints.settings import load_settings
+from blueprints.settings import SettingsError, load_settings
 from jobs.documents import parts, process_document
 from jobs.owner import new_owner
-from jobs.sweep import OWNER_FIELD, Sweep
+from jobs.sweep import OWNER_FIELD, ROUND, Sweep
 
 SWEEP_EVERY = 10  # seconds
 _MAINTENANCE_EVERY = 60  # seconds, for RQ's own cleaning of registries; its default is ten minutes
@@ -47,19 +51,28 @@ class RecoveringWorker(Worker):
 
     def bootstrap(self, *args: Any, **options: Any) -> None:
         self._owner = new_owner()
-        self._warm_up()
+        try:
+            self._warm_up()
+        except SettingsError as error:
+            sys.stderr.write(f"tta_sync: {error}\n")
+            sys.exit(2)
         super().bootstrap(*args, **options)
 
     def _warm_up(self) -> None:
         """Do here, once, what each forked job would do for itself."""
         settings = load_settings()
         load_language_model()
+        importlib.import_module("anyio._backends._asyncio")  # what httpx loads at its first connection
+        configure_mappers()
         parts.prepare()
         # NullPool: a sweep closes what it opened, so there is nothing for a child to inherit.
-        database = Database(settings, poolclass=NullPool)
+        database = Database(settings, statement_timeout=ROUND, poolclass=NullPool)
         self._sweep = Sweep(
             settings, database, RedisQueue(settings, process_document, self.connection), self.connection
         )
+        # A child's garbage collection would write to every object inherited, and so copy every page of them.
+        gc.collect()
+        gc.freeze()
 
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None

@@ -53,9 +53,9 @@ def record_batch(
 
 def forget_batch(session: Session, batch_id: str) -> None:
     """Delete a batch with all that came of it; a job that still runs one of its items finds nothing to finish."""
-    items = select(BatchItem.id).where(BatchItem.batch_id == batch_id)
-    session.execute(delete(Document).where(Document.id.in_(items)))
-    session.execute(delete(BatchItem).where(BatchItem.batch_id == batch_id))
+    # The items first: that waits for jobs which are just storing a document, and the document is seen afterwards.
+    ids = list(session.scalars(delete(BatchItem).where(BatchItem.batch_id == batch_id).returning(BatchItem.id)))
+    session.execute(delete(Document).where(Document.id.in_(ids)))
     session.execute(delete(Batch).where(Batch.id == batch_id))
 
 
@@ -105,9 +105,8 @@ def cancel_batch(session: Session, batch_id: str, now: datetime) -> list[str] | 
     if not _changed(marked) and session.get(Batch, batch_id) is None:
         return None
     waiting = and_(BatchItem.batch_id == batch_id, BatchItem.state == State.QUEUED)
-    ids = list(session.scalars(select(BatchItem.id).where(waiting)))
-    session.execute(update(BatchItem).where(waiting).values(state=State.CANCELLED, text=None))
-    return ids
+    called_off = update(BatchItem).where(waiting).values(state=State.CANCELLED, text=None).returning(BatchItem.id)
+    return list(session.scalars(called_off))
 
 
 # ---- an item, as its job sees it ------------------------------------------------------------------------------------

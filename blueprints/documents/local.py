@@ -119,8 +119,8 @@ _model = _Model()
 
 
 def load_language_model() -> None:
-    """Load the language model now, half a second that no request or forked job then pays."""
-    _model.get()
+    """Load the language model and the stop words now, half a second that no request or forked job then pays."""
+    _stopwords(detect_language("What is loaded at the first use is loaded by using it."))
 
 
 def detect_language(text: str) -> str:

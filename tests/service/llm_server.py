@@ -18,7 +18,8 @@ class LLMServer:
 
     Modes: good, slow and held (hold the answer until ``release``), limited (429 with ``retry_after``), unavailable
     (503), refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs
-    up), truncated (hangs up inside the answer). ``script`` is a list of modes for the next requests, before ``mode``.
+    up), truncated (hangs up inside the answer), drip (a byte at a time). ``script`` is a list of modes for the next
+    requests, before ``mode``.
     """
 
     def __init__(self) -> None:
@@ -101,10 +102,11 @@ class LLMServer:
                         "nul": lambda: self._json(200, completion("a\x00b")),
                         "surrogate": lambda: self._json(200, completion("a\ud800b")),
                         "long": lambda: self._json(200, completion("word " * 10_000)),
-                        "huge": lambda: self._raw(b" " * 3_000_000),
+                        "huge": lambda: self._raw(b" " * 2_000_000 + json.dumps(completion("x")).encode()),
                         "gzip": lambda: self._json(200, completion("x"), {"Content-Encoding": "gzip"}),
                         "closed": self._hang_up,
                         "truncated": self._truncated,
+                        "drip": self._drip,
                     }
                     answers[mode]()
                 except OSError:
@@ -117,6 +119,15 @@ class LLMServer:
             def _hang_up(self) -> None:
                 self.close_connection = True
                 self.connection.close()
+
+            def _drip(self) -> None:
+                """Keep the connection busy, a byte at a time, for longer than anybody waits."""
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                while not owner.release.wait(0.02):
+                    self.wfile.write(b" ")
+                self.close_connection = True
 
             def _truncated(self) -> None:
                 self.send_response(200)

@@ -313,6 +313,20 @@ def test_cursor_is_good_after_a_restart_when_the_data_directory_is_the_same(make
     assert len(again.json["items"]) == 1
 
 
+def test_service_is_the_same_on_postgresql(make_client: MakeClient, postgres_url: str) -> None:
+    """On PostgreSQL documents are stored, read and paged as on SQLite, and statements are bounded."""
+    client = make_client(DATABASE_URL=postgres_url, TTA_DEADLINE=7)
+    answers = [process(client, f"{TEXT} Number {n} 😀.") for n in range(5)]
+    assert client.get(f"/api/documents/{answers[0]['id']}").json == answers[0]
+    first = client.get("/api/documents?limit=2").json
+    second = client.get("/api/documents", query_string={"limit": 3, "cursor": first["next_cursor"]}).json
+    assert first["items"] + second["items"] == answers[::-1]
+    assert second["next_cursor"] is None
+    assert client.get("/api/documents/%00").status_code == 404
+    with client.application.extensions["database"].engine.connect() as connection:
+        assert connection.scalar(sa.text("SHOW statement_timeout")) == "7s"
+
+
 # ---- trouble
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ from blueprints.batches.store import (
 )
 from blueprints.db import Database
 from blueprints.documents.models import Document
+from blueprints.documents.store import insert_document
 from blueprints.settings import Settings
 from jobs.documents import DocumentFailedError, describe, parts, process_document
 from tests.service.llm_server import LLMServer
+from tta_sync import thread_step
 from tta_sync.exceptions import StepTimeoutError
+from tta_sync.primitives import TimeoutPrimitive
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 
@@ -164,6 +168,22 @@ def test_batch_is_forgotten_with_all_that_came_of_it(database: Database) -> None
     change(database, forget_batch, batch_id)
     assert documents(database) == [other]
     assert change(database, read_batch, batch_id) is None
+
+
+def test_document_is_not_left_over_when_its_batch_is_forgotten_while_it_is_stored(database: Database) -> None:
+    """Forgetting waits for a job that is just storing a document, and takes that document too."""
+    batch_id, (item_id,) = record(database, "a")
+    change(database, claim_item, item_id, "me", NOW)
+    with ThreadPoolExecutor(1) as threads:
+        with database.units as unit:
+            assert finish_item(unit.session, item_id, "me")
+            results = (None, ["a"], None, 1)
+            insert_document(unit.session, results, "corr-1", document_id=item_id)
+            unit.session.flush()
+            forgetting = threads.submit(change, database, forget_batch, batch_id)
+            assert not wait([forgetting], timeout=0.3).done  # it waits for us
+        forgetting.result(20)
+    assert documents(database) == []
 
 
 # ---- the job
@@ -313,6 +333,29 @@ def test_job_still_fails_when_its_failure_cannot_be_recorded(
         process_document({"item_id": item_id})
     assert item_id in caplog.text
     assert item(database, item_id).state == "running"
+
+
+def test_failure_is_recorded_when_the_document_takes_too_long(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document that takes longer than its deadline is failed, and the error says so."""
+
+    @thread_step
+    def hang(_: Any) -> None:
+        time.sleep(0.5)
+
+    monkeypatch.setattr(jobs.documents, "build_flow", lambda settings, save: hang)
+    monkeypatch.setenv("TTA_DEADLINE", "3.01")
+    monkeypatch.setattr(jobs.documents, "TimeoutPrimitive", _hundredth)
+    batch_id, (item_id,) = record(database, "a")
+    with pytest.raises(DocumentFailedError):
+        process_document({"item_id": item_id})
+    error = change(database, read_batch, batch_id)["results"][0]["error"]
+    assert "took longer than its 0.0301 s" in error
+
+
+def _hundredth(flow: Any, timeout_seconds: float, name: str) -> TimeoutPrimitive[Any, Any]:
+    return TimeoutPrimitive(flow, timeout_seconds=timeout_seconds / 100, name=name)
 
 
 def test_description_of_a_failure_is_ours_or_only_a_class() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-import blueprints.batches.models
-import blueprints.documents.models  # noqa: F401
+import blueprints.documents.models  # noqa: F401  # fills the metadata
+from blueprints.batches.models import Batch
 from blueprints.db import Base
 from migrations.__main__ import main
 
@@ -189,3 +190,18 @@ def test_migrations_draft_the_next_one_when_asked(
     text = drafts[0].read_text()
     compile(text, drafts[0].name, "exec")
     assert "down_revision = '0001'" in text
+
+
+def test_moment_without_a_zone_is_refused(database_url: str) -> None:
+    """A naive datetime never reaches the database, and every moment comes back in UTC, to the microsecond."""
+    assert main([]) == 0
+    engine = sa.create_engine(database_url)
+    east = datetime(2026, 1, 1, 12, 0, 0, 123456, timezone(timedelta(hours=2)))
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Batch).values(id="b", correlation_id="c", created_at=east))
+        found = connection.scalar(sa.select(Batch.created_at))
+    assert found == east
+    assert found.tzinfo is UTC
+    with pytest.raises(sa.exc.StatementError, match="no zone"), engine.begin() as connection:
+        connection.execute(sa.insert(Batch).values(id="d", correlation_id="c", created_at=datetime(2026, 1, 1)))
+    engine.dispose()

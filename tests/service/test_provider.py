@@ -96,6 +96,14 @@ def test_connection_is_kept_when_several_requests_are_made(client: FlaskClient, 
     assert len({request["port"] for request in llm.requests}) == 1
 
 
+def test_no_key_is_sent_when_none_is_set(llm: LLMServer, make_client: MakeClient) -> None:
+    """Without TTA_LLM_API_KEY there is no Authorization header; a base URL may end with a slash."""
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url + "/", TTA_LLM_MODEL=MODEL, **QUICK)
+    assert_provider(process(client))
+    assert "Authorization" not in llm.requests[0]["headers"]
+    assert llm.requests[0]["path"] == "/v1/chat/completions"
+
+
 def test_shells_proxy_is_not_used_when_the_provider_is_asked(
     llm: LLMServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
 ) -> None:
@@ -144,6 +152,7 @@ def test_model_may_be_called_local_when_a_provider_is_set(llm: LLMServer, make_c
         ("closed", 3),
         ("truncated", 3),
         ("slow", 3),
+        ("drip", 3),
         ("refused", 1),
         ("redirect", 1),
         ("garbage", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -284,3 +285,75 @@ def test_job_is_begun_again_and_then_failed_when_it_ends_every_worker(
     assert batch["failed"] == 1
     assert "begun 4 times" in batch["results"][0]["error"]
     assert count_documents(client) == 0
+
+
+# ---- the class by itself
+
+
+@pytest.fixture
+def worker(make_client: MakeClient, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A worker that has not begun to work, over the database and the Redis of a service."""
+    from jobs.documents import parts
+    from jobs.worker import RecoveringWorker
+    from tta_sync.rq import WorkflowJob
+
+    make_client(REDIS_URL=redis_url)
+    monkeypatch.setenv("TTA_DATA_DIR", str(tmp_path))
+    parts.reset()
+    with Redis.from_url(redis_url) as connection:
+        yield RecoveringWorker(["default"], connection=connection, job_class=WorkflowJob)
+    parts.reset()
+    gc.unfreeze()  # what warming up has frozen
+
+
+def test_worker_waits_in_short_turns_and_sweeps_between_them(
+    worker: Any, make_client: MakeClient, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits for a job it sweeps at start-up and again when that is due; a job that it finds so, it takes."""
+    monkeypatch.setattr("jobs.worker.SWEEP_EVERY", 1)
+    worker._warm_up()
+    sweeps: list[float] = []
+    monkeypatch.setattr(worker._sweep, "run", lambda: sweeps.append(1.0))
+    assert worker.dequeue_job_and_maintain_ttl(10, max_idle_time=2) is None
+    assert len(sweeps) >= 2
+    assert worker.dequeue_timeout == 1
+
+    post(make_client(REDIS_URL=redis_url), "one")
+    job, queue = worker.dequeue_job_and_maintain_ttl(10, max_idle_time=20)
+    assert (queue.name, job.func_name) == ("default", "jobs.documents.process_document")
+    worker._next_sweep = 0.0
+    assert worker.dequeue_job_and_maintain_ttl(None) is None
+    assert len(sweeps) >= 3
+
+
+def test_worker_keeps_a_short_watch(worker: Any) -> None:
+    """Heartbeats of a long job, and RQ's own maintenance, are not minutes apart, whatever RQ's defaults are."""
+    assert worker.job_monitoring_interval <= 10
+    assert worker.maintenance_interval <= 60
+    assert worker.dequeue_timeout <= 10
+
+
+def test_worker_tells_who_it_is(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record in Redis names its process, so that a sweep can tell whether it lives."""
+    from rq import Worker
+
+    monkeypatch.setattr(Worker, "bootstrap", lambda self: self.register_birth())
+    worker.bootstrap()
+    (owner,) = worker.connection.hmget(worker.key, "tta_owner")
+    assert lives(owner.decode()) is True
+
+
+def test_worker_sweeps_with_the_heartbeat_of_a_long_job(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each heartbeat of a job at work is an occasion to sweep."""
+    from rq import Worker
+
+    sweeps: list[int] = []
+    monkeypatch.setattr(Worker, "maintain_heartbeats", lambda self, job: None)
+    monkeypatch.setattr(worker, "sweep_if_due", lambda: sweeps.append(1))
+    worker.maintain_heartbeats(None)
+    assert sweeps == [1]
+
+
+def test_worker_does_not_start_when_a_setting_is_bad(start_worker: StartWorker) -> None:
+    """A bad setting ends the worker at once, with status 2."""
+    assert start_worker(TTA_DEADLINE="soon").wait(60) == 2
