@@ -102,6 +102,10 @@ class DrivenLoop(ManagedLoop):
             self._dozing = False
             self._wake_standby()
 
+    def _is_wanted(self) -> bool:
+        """Say whether some caller waits and could drive; one that is busy with a caller step could not."""
+        return any(getattr(call, "waiting", False) for call in list(self.calls))
+
     def _wake_standby(self) -> None:
         try:
             self._standby.release()
@@ -142,7 +146,7 @@ class DrivenLoop(ManagedLoop):
         self.driver = call
         try:
             self._drain()
-            if self.refusing or (not self.calls if call is None else not call.done):
+            if self.refusing or (not self._is_wanted() if call is None else not call.done):
                 self.loop.run_forever()
         except (KeyboardInterrupt, SystemExit):
             pass  # raised by some task, which keeps it: signals are deferred, or go to other threads
@@ -194,7 +198,7 @@ class DrivenLoop(ManagedLoop):
 
     def _drain(self) -> None:
         super()._drain()
-        if self.driver is None and self.calls and not self.refusing and self.loop.is_running():
+        if self.driver is None and not self.refusing and self.loop.is_running() and self._is_wanted():
             self.loop.stop()  # the standby driver makes room for a caller
 
     # ---- the caller's side -----------------------------------------------------------------------------------------

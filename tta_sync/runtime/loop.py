@@ -124,6 +124,7 @@ class ManagedLoop:
         """Start the thread. Nobody needs to wait for it: a call can be queued before the loop turns."""
         try:
             self._spawn(self._run_forever, "tta_sync-loop")
+            self.watchdog.start()
         except BaseException:  # a signal; whether the thread runs is not known, so it is told to end in any case
             self.stopping = self.dead = True
             self.post(self.loop.stop)
@@ -164,7 +165,6 @@ class ManagedLoop:
         if hasattr(os, "eventfd"):
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self.loop.add_reader(self._bell, self._answer_bell)
-        self.watchdog.start()
 
     def _bury(self) -> None:
         """End everything that still waits for this loop, which turns no more. On its own thread, as the last thing."""
@@ -581,8 +581,10 @@ def _forget_in_child() -> None:
     for managed in _loops:
         # The interpreter may still collect these at its end; an asyncio loop that believes itself closed leaves the
         # parent's epoll alone.
-        if hasattr(managed.loop, "_closed"):
-            managed.loop._closed = True
+        try:
+            managed.loop._closed = True  # type: ignore[attr-defined]
+        except AttributeError:
+            pass  # uvloop's, which does not close itself
         managed.dead = True
 
 

@@ -48,11 +48,8 @@ class Watchdog:
         self.lag = 0.0
 
     def start(self) -> None:
-        """Begin to watch. The loop must be turning.
-
-        A bare thread: threading's waits for the new one to report, and this is called on the loop thread.
-        """
-        native.start_new_thread(self._watch, ())
+        """Begin to watch; the loop need not turn yet."""
+        self._loop._spawn(self._watch, "tta_sync-watchdog")
 
     def stop(self) -> None:
         """End the thread, soon. Any thread."""
@@ -149,6 +146,8 @@ class Watchdog:
             return 0.0
 
     def _report(self, frame: FrameType, seconds: float) -> None:
+        if self._loop.refusing:
+            return  # on its way out, and its callers are told
         where = place(frame)
         task = asyncio.current_task(self._loop.loop)
         name = "a callback" if task is None else task.get_name()
