@@ -20,7 +20,15 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from tta_sync.context import Deadline, WorkflowContext, current_caller, current_context, ports, running_context
+from tta_sync.context import (
+    Deadline,
+    WorkflowContext,
+    context_providers,
+    current_caller,
+    current_context,
+    ports,
+    running_context,
+)
 from tta_sync.exceptions import (
     ConfigurationError,
     DeadlineExceededError,
@@ -253,8 +261,13 @@ class SyncFacade:
             self._refuse(loop, step_name(async_fn))
         if not callable(async_fn):
             raise _not_a_function("call_sync", async_fn)
-        current = current_context()
-        deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
+        current = running_context.get()
+        if current is None and context_providers:
+            current = current_context()
+        if timeout is None and current is None and self.default_timeout is None:
+            deadline = limit = None
+        else:
+            deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
         name = getattr(async_fn, "__qualname__", None)
         call = loop.new_call(async_fn, args, keywords, name, deadline, limit, contextvars.copy_context())
         result: T = loop.conduct(call, self.max_in_flight)

@@ -78,6 +78,8 @@ class DrivenLoop(ManagedLoop):
         self._standby = native.new_lock()
         self._vacant_since = time.monotonic()
         self._dozing = False
+        self._suspect: int | None = None
+        self._suspect_since = 0.0
         self._failures: deque[float] = deque(maxlen=3)
         self.driver: Call | None = None
 
@@ -119,6 +121,7 @@ class DrivenLoop(ManagedLoop):
         try:
             while not self.dead and not self.stopping:
                 self._standby.acquire(True, DOZE if self._dozing else POLL)
+                self._find_lost_baton()
                 vacant = time.monotonic() - self._vacant_since
                 if self.refusing or (vacant > VACANCY and self._has_business()):
                     try:
@@ -132,6 +135,14 @@ class DrivenLoop(ManagedLoop):
             while not self._take():  # the last driver leaves before the loop is closed
                 self._standby.acquire(True, POLL)
             self._bury()
+
+    def _find_lost_baton(self) -> None:
+        """Free a baton that lies in the hands of a thread which does not drive: a storm of signals cut off _pass_on."""
+        holder = self._baton.get("holder")
+        if holder is None or self.ident or holder != self._suspect:
+            self._suspect, self._suspect_since = holder, time.monotonic()
+        elif time.monotonic() - self._suspect_since > 1.0:
+            self._baton.pop("holder", None)
 
     def _has_business(self) -> bool:
         """Say whether the loop has anything to do without a caller: tasks, timers, more descriptors than its own."""
@@ -234,10 +245,6 @@ class DrivenLoop(ManagedLoop):
             if timer is not None:
                 timer.cancel()
             self._pass_on()
-
-    def leave(self, call: Call) -> None:
-        super().leave(call)
-        self._pass_on()
 
     def refuse(self) -> None:
         super().refuse()

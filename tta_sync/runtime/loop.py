@@ -280,8 +280,10 @@ class ManagedLoop:
         call.started = time.monotonic()
         call.result = call.error = call.task = call.timer = call.work = call.why = None
         call.began = call.done = call.left = False
-        call.lock = self.thread_lock()
-        context.run(current_caller.set, call)
+        try:
+            call.lock = self._local.lock
+        except AttributeError:
+            call.lock = self.thread_lock()
         return call
 
     def thread_lock(self) -> Any:
@@ -317,7 +319,12 @@ class ManagedLoop:
                 self.abandon(call)
                 raise
         finally:
-            self.leave(call)
+            if call.done and not call.work:  # as leave() does
+                call.left = True
+                calls.pop(call, None)
+                call.context = call.task = None
+            else:
+                self.leave(call)
         error = call.error
         if error is None and call.why is None:
             return call.result
@@ -333,7 +340,7 @@ class ManagedLoop:
         if call.work:
             call.refuse_work()
         if call.done:
-            call.context = call.task = None  # call.forget(), without the cost of a call
+            call.forget()
         else:  # the grace is over, or a second interrupt cut it short
             self.leave_orphan(call)
 
@@ -508,6 +515,7 @@ class ManagedLoop:
         if call.why is not None:  # given up before it began: no coroutine is made that nobody would await
             call.finish(None, asyncio.CancelledError())
             return
+        current_caller.set(call)
         try:
             if call.keywords:
                 result = await call.fn(*call.args, **call.keywords)
