@@ -7,6 +7,7 @@ import contextvars
 import functools
 import gc
 import inspect
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +64,14 @@ def threaded() -> Iterator[SyncFacade]:
 def _asgirefs_one_thread() -> None:
     """Start the thread that asgiref keeps for good, before a test is blamed for it."""
     asgiref.sync.SyncToAsync.single_thread_executor.submit(here).result(PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def _the_caller_is_left_as_it_was() -> Iterator[None]:
+    """A test whose calls leave anything of theirs in the caller's context fails."""
+    yield
+    assert getattr(asgiref.sync.AsyncToSync.executors, "current", None) is None
+    assert current_caller.get() is None
 
 
 def here() -> int:
@@ -297,6 +307,127 @@ def test_late_work_finds_the_outer_caller_when_the_inner_has_gone(facade: SyncFa
 
     outlasts: list[Callable[[], object]] = []
     assert facade.async_to_sync(outer)() == here()
+
+
+def test_queued_work_finds_the_outer_caller_when_the_inner_was_interrupted(facade: SyncFacade) -> None:
+    """Work that the nested call's caller did not come to is done by the outer caller, not lost and not done twice."""
+    tasks: list[asyncio.Task[int]] = []
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    async def inner() -> None:
+        struck = sync_to_async(strike)()
+        tasks.append(asyncio.create_task(on_caller()))
+        await struck
+
+    def nested() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            facade.async_to_sync(inner)()
+
+    async def outer() -> int:
+        await sync_to_async(nested)()
+        return await tasks[0]
+
+    assert facade.async_to_sync(outer)() == here()
+
+
+def test_an_error_like_ours_comes_through_when_the_code_itself_raised_it(facade: SyncFacade) -> None:
+    """A function that raises NoCallerError has run, and is not taken to another caller."""
+    ran: list[int] = []
+
+    def fail() -> None:
+        ran.append(here())
+        raise NoCallerError("its own")
+
+    async def ask() -> None:
+        await sync_to_async(fail)()
+
+    async def outer() -> None:
+        await sync_to_async(facade.async_to_sync(ask))()
+
+    with pytest.raises(NoCallerError, match="its own"):
+        facade.async_to_sync(outer)()
+    assert ran == [here()]
+
+
+def test_a_nested_call_is_cancelled_when_the_task_above_it_is(facade: SyncFacade) -> None:
+    """Cancelling a task that waits for sync_to_async code cancels what that code waits for, as with asgiref."""
+    seen: list[str] = []
+
+    async def inner() -> None:
+        began.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            seen.append("inner")
+            raise
+
+    async def outer() -> None:
+        task = asyncio.create_task(sync_to_async(facade.async_to_sync(inner))())
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        seen.append("outer")
+
+    began = asyncio.Event()
+    facade.async_to_sync(outer)()
+    assert seen == ["inner", "outer"]
+
+
+def test_a_call_of_another_facade_is_let_be_when_the_task_above_it_is_cancelled(facade: SyncFacade) -> None:
+    """A nested call on another facade's loop is not touched from this one: its code returns when it is done."""
+    other = SyncFacade()
+    began, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def inner() -> None:
+        began.set()
+        while not go.is_set():
+            await asyncio.sleep(0.001)
+        ended.set()
+
+    async def outer() -> None:
+        task = asyncio.create_task(sync_to_async(other.async_to_sync(inner), thread_sensitive=False)())
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go.set()
+
+    try:
+        facade.async_to_sync(outer)()
+        assert ended.wait(PATIENCE)
+    finally:
+        other.shutdown(1.0)
+
+
+def test_work_is_dropped_when_the_task_that_wants_it_is_cancelled(facade: SyncFacade) -> None:
+    """Code that waits for its turn, handed over by our loop or by a foreign one, never starts after a cancellation."""
+    ran: list[str] = []
+    hold = threading.Event()
+
+    async def foreign() -> None:
+        task = asyncio.create_task(sync_to_async(ran.append)("foreign"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def ask() -> None:
+        holding = asyncio.create_task(sync_to_async(hold.wait)(PATIENCE))
+        ours = asyncio.create_task(sync_to_async(ran.append)("ours"))
+        await asyncio.sleep(0)
+        ours.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ours
+        await sync_to_async(asyncio.run, thread_sensitive=False)(foreign())
+        hold.set()
+        await holding
+
+    facade.async_to_sync(ask)()
+    assert ran == []
 
 
 def test_work_comes_from_a_foreign_loop_when_it_runs_below(facade: SyncFacade) -> None:
@@ -840,10 +971,11 @@ def test_tasks_left_over_run_on_and_are_counted_when_the_call_has_returned(facad
 def test_a_forked_child_can_call_when_its_parent_has(facade: SyncFacade) -> None:
     """After a fork, idle or out of code on the calling thread, the child's calls run on a loop of its own."""
 
-    async def ask() -> int:
-        return await on_caller()
+    async def ask() -> tuple[int, object]:
+        return await on_caller(), asyncio.get_running_loop()
 
-    call = facade.async_to_sync(ask)
+    def call() -> bool:
+        return facade.async_to_sync(ask)() == (here(), facade.call_sync(running_loop))
 
     def in_child() -> str:
         out, into = os.pipe()
@@ -852,7 +984,7 @@ def test_a_forked_child_can_call_when_its_parent_has(facade: SyncFacade) -> None
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(PATIENCE))
             try:
-                os.write(into, b"right" if call() == here() else b"wrong thread")
+                os.write(into, b"right" if call() else b"wrong thread, or loop")
             except BaseException as error:
                 os.write(into, repr(error).encode())
             finally:
@@ -865,10 +997,10 @@ def test_a_forked_child_can_call_when_its_parent_has(facade: SyncFacade) -> None
     async def fork_inside() -> str:
         return await sync_to_async(in_child)()
 
-    assert call() == here()
+    assert call()
     assert in_child() == "right, status 0"
     assert facade.async_to_sync(fork_inside)() == "right, status 0"
-    assert call() == here()
+    assert call()
 
 
 def test_late_work_in_a_forked_child_is_refused_when_only_the_parent_waits(threaded: SyncFacade) -> None:
@@ -904,8 +1036,38 @@ def _refusal(executor: Any) -> str:
     return "none"
 
 
-def test_every_waiter_is_told_when_the_loop_dies(threaded: SyncFacade) -> None:
+def _broken() -> None:
+    raise OSError("the selector is gone")
+
+
+@pytest.fixture
+def collect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``collect(weakref, ...)``: see the tasks of a dead loop collected, in this context and no other.
+
+    asgiref restores the context of its own suspended coroutines where they are collected: not into a later test's.
+    """
+    # pytest would keep the record of the death, with its traceback, and so the loop.
+    monkeypatch.setattr(logging.getLogger("tta_sync"), "disabled", True)
+
+    def poll(*tasks: weakref.ref[asyncio.Task[Any]]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while any(task() is not None for task in tasks):  # the dying thread may still hold them
+            assert time.monotonic() < give_up, "what the loop has left is never collected"
+            gc.collect()
+
+    return poll
+
+
+def _this_task() -> weakref.ref[asyncio.Task[Any]]:
+    task = asyncio.current_task()
+    assert task is not None
+    return weakref.ref(task)
+
+
+def test_every_waiter_is_told_when_the_loop_dies(collect: Callable[..., None]) -> None:
     """The call, and a foreign loop that waits for its caller's thread, get an error; the next call gets a new loop."""
+    facade = SyncFacade()
+    left: list[weakref.ref[asyncio.Task[Any]]] = []
     seen: list[type[BaseException]] = []
     ready, go, told = threading.Event(), threading.Event(), threading.Event()
 
@@ -918,23 +1080,75 @@ def test_every_waiter_is_told_when_the_loop_dies(threaded: SyncFacade) -> None:
             seen.append(type(error))
         told.set()
 
-    def broken() -> None:
-        raise OSError("the selector is gone")
-
-    async def kill() -> None:
+    async def die() -> None:
         below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
+        left.extend([_this_task(), weakref.ref(below)])
         await asyncio.to_thread(ready.wait, PATIENCE)
-        asyncio.get_running_loop()._run_once = broken  # type: ignore[attr-defined]  # from the next turn on
+        asyncio.get_running_loop()._run_once = _broken  # type: ignore[attr-defined]  # from the next turn on
         go.set()
         while not asgiref.sync.AsyncToSync.executors.current._foreign:  # no turn: it is posted, and never taken
             time.sleep(0.001)
         await below
 
     with pytest.raises(TTASyncError):
-        threaded.async_to_sync(kill)()
+        facade.async_to_sync(die)()
     assert told.wait(PATIENCE)
     assert seen == [NoCallerError]
-    assert threaded.async_to_sync(running_loop)()
+    assert facade.async_to_sync(running_loop)()
+    facade.shutdown(0.0)
+    del facade
+    contextvars.copy_context().run(collect, *left)
+
+
+def test_work_is_refused_at_once_when_the_loop_has_died_under_a_busy_caller(collect: Callable[..., None]) -> None:
+    """A thread that hands work to a caller whose loop is closed is told so, also while that caller is still busy."""
+    facade = SyncFacade()
+    left: list[weakref.ref[asyncio.Task[Any]]] = []
+    refused: list[str] = []
+
+    def outlive(loop: Any) -> None:
+        executor = asgiref.sync.AsyncToSync.executors.current
+        loop._run_once = _broken
+        loop.call_soon_threadsafe(int)
+        while not loop.is_closed():
+            time.sleep(0.001)
+        asking = threading.Thread(target=lambda: refused.append(_refusal(executor)), daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+
+    async def die() -> None:
+        left.append(_this_task())
+        await sync_to_async(outlive)(asyncio.get_running_loop())
+
+    with pytest.raises(TTASyncError):
+        facade.async_to_sync(die)()
+    assert refused == ["NoCallerError"]
+    facade.shutdown(0.0)
+    del facade
+    contextvars.copy_context().run(collect, *left)
+
+
+def test_the_collector_changes_nothing_when_it_closes_what_a_dead_loop_has_left(collect: Callable[..., None]) -> None:
+    """A coroutine that is closed where the collector happens to run does not touch the context of that place."""
+    facade = SyncFacade()
+    left: list[weakref.ref[asyncio.Task[Any]]] = []
+
+    async def die() -> None:
+        left.append(_this_task())
+        asyncio.get_running_loop()._run_once = _broken  # type: ignore[attr-defined]
+        await asyncio.sleep(PATIENCE)
+
+    with pytest.raises(TTASyncError):
+        facade.async_to_sync(die)()
+    facade.shutdown(0.0)
+    del facade
+
+    def elsewhere() -> object:
+        asgiref.sync.AsyncToSync.executors.current = "elsewhere"  # type: ignore[misc]
+        collect(*left)
+        return asgiref.sync.AsyncToSync.executors.current
+
+    assert contextvars.copy_context().run(elsewhere) == "elsewhere"
 
 
 def test_it_is_refused_when_the_facade_was_shut_down(facade: SyncFacade) -> None:
@@ -1020,3 +1234,28 @@ def test_greenlets_keep_their_own_code_when_gevent_has_patched_the_process() -> 
         """
     )
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_loops_are_let_go_when_callers_drove_them() -> None:
+    """What asgiref is told about a loop without a thread of its own is taken back once the loop is closed."""
+    for _ in range(3):
+        facade = SyncFacade(drive="caller")
+        facade.async_to_sync(on_caller)()
+        facade.shutdown(0.0)
+    facade = SyncFacade(drive="caller")
+    try:
+        facade.async_to_sync(on_caller)()
+        assert [loop for loop in asgiref.sync.AsyncToSync.loop_thread_executors if loop.is_closed()] == []
+    finally:
+        facade.shutdown(0.0)
+
+
+def test_insensitive_code_elsewhere_keeps_asgirefs_rules_when_callers_drive_the_loop() -> None:
+    """sync_to_async below a plain call_sync runs on asgiref's one thread, whoever drives the loop."""
+    facade = SyncFacade(drive="caller")
+    one_thread = asgiref.sync.SyncToAsync.single_thread_executor.submit(here).result(PATIENCE)
+    try:
+        assert facade.async_to_sync(on_caller)() == here()
+        assert facade.call_sync(on_caller) == one_thread
+    finally:
+        facade.shutdown(0.0)

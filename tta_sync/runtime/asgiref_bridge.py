@@ -115,8 +115,7 @@ class AsyncToSync(sync.AsyncToSync[P, R]):
                     return await begin()
             finally:
                 beside.remove(me)
-                executor.close()
-                if executor.pending:
+                if executor.close():
                     await executor.finish()
 
         body.__qualname__ = self._name
@@ -169,11 +168,14 @@ class CallerExecutor(CurrentThreadExecutor):
             _executor.set(self)
         return running
 
-    def close(self) -> None:
-        """Take no more work: the coroutine has ended. Loop thread only."""
+    def close(self) -> bool:
+        """Take no more work, since the coroutine has ended; say whether some is under way. Loop thread only."""
         self._open = False
+        if _get_running_loop() is not self._loop:
+            return False  # the loop has died, and the garbage collector closes the coroutine, wherever that runs
         sync.AsyncToSync.executors.current = self._old_executor
         self.context = contextvars.copy_context()
+        return bool(self.pending)
 
     async def finish(self) -> None:
         """See the work done that was taken, though the coroutine did not wait for it. So does asgiref."""
