@@ -23,8 +23,14 @@ with contextlib.suppress(ValueError, OverflowError):  # the service itself says 
 loglevel = "warning"
 control_socket_disable = True
 
+STALL_SECONDS = 30.0
 DRAIN_BYTES = 64 * 2**20
 DRAIN_SECONDS = 5.0
+
+
+def pre_request(_worker: Any, request: Any) -> None:
+    """Give a sender that stalls in the middle of its body, or a reader of its answer, so long: they hold a thread."""
+    request.unreader.sock.settimeout(STALL_SECONDS)
 
 
 def post_request(_worker: Any, _request: Any, environ: dict[str, Any], response: Any) -> None:
