@@ -182,7 +182,7 @@ def test_deadline_counts_from_the_arrival_of_the_request(site: Flask) -> None:
 
     @site.get("/")
     def view() -> Any:
-        held = request.environ["tta_sync.request"].arrived
+        held = request.environ["tta_sync.request"].deadline
         context = current_context()
         assert context is not None
         assert context.deadline is held

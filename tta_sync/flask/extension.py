@@ -14,6 +14,7 @@ from werkzeug.routing import RoutingException
 
 from tta_sync.context import context_providers
 from tta_sync.exceptions import ConfigurationError, TTASyncError
+from tta_sync.facade import async_to_sync, run_sync
 from tta_sync.flask.body import load as load_request
 from tta_sync.flask.problems import TABLE, Problem, Row, problem_of
 from tta_sync.flask.requests import RequestInfo, prepare_settings, request_context
@@ -140,19 +141,15 @@ def _on_error(error: Exception) -> Any:
 _HANDLERS = (_on_error,)
 
 
-def _note_routing_error() -> Any:
-    """Answer a wrong method on one of our URLs, before the application's own page for it would."""
+def _arrive() -> Any:
+    """Note the request; answer a wrong method on one of our URLs before the application's own page for it would."""
+    RequestInfo.current()
     error = request.routing_exception
     if error is not None and not _passes_through(error):
         state: _State = current_app.extensions["tta_sync"]
         if state.is_ours():
             return state.problem(error)
     return None
-
-
-def _arrive() -> Any:
-    RequestInfo.current()
-    return _note_routing_error()
 
 
 def _leave(response: Response) -> Response:
@@ -168,12 +165,6 @@ def _log_exception(app: Flask, exc_info: Any) -> None:
         RequestInfo.current().id,
         exc_info=exc_info,
     )
-
-
-def _async_to_sync(func: Callable[..., Any]) -> Callable[..., Any]:
-    from tta_sync.facade import async_to_sync
-
-    return async_to_sync(func)
 
 
 class TTASync:
@@ -237,7 +228,7 @@ class TTASync:
                     app.register_error_handler(kind, _on_error)
             app.before_request_funcs.setdefault(None, []).insert(0, _arrive)
             app.after_request(_leave)
-            app.async_to_sync = _async_to_sync  # type: ignore[method-assign]  # Flask's own way to replace it
+            app.async_to_sync = cast(Any, async_to_sync)  # type: ignore[method-assign]  # Flask's own way to replace it
             if type(app).log_exception is Flask.log_exception:
                 app.log_exception = functools.partial(_log_exception, app)  # type: ignore[method-assign]
             if request_context not in context_providers:
@@ -281,11 +272,11 @@ class TTASync:
         loads, dumps, runs = _instance(load), _instance(dump), _workflow(flow)
 
         def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+            is_async = inspect.iscoroutinefunction(view)
+
             @functools.wraps(view)
             def run(*args: Any, **url: Any) -> Any:  # args: a method's self
                 try:
-                    from tta_sync.facade import run_sync
-
                     data = dict(url) if loads is None else load_request(loads, source)
                     unit = unit_of_work or self.unit_of_work
                     if unit is None:
@@ -294,7 +285,8 @@ class TTASync:
                         result = unit.run(run_sync, runs, data, timeout=timeout)
                     if dumps is not None:
                         result = dumps.dump(result)
-                    answer = current_app.ensure_sync(view)(*args, result, **url)
+                    touch = current_app.ensure_sync(view) if is_async else view
+                    answer = touch(*args, result, **url)
                 except Exception as error:
                     return _answer(error)
                 return answer if status == 200 or isinstance(answer, (tuple, Response)) else (answer, status)

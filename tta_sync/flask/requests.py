@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from typing import Any, cast
+from typing import Any
 
 from flask import Flask, current_app, has_request_context, request
 
 from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 
-_ENVIRON = "tta_sync.request"
+ENVIRON = "tta_sync.request"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _DEFAULTS: dict[str, Any] = {"TTA_DEADLINE": 15.0, "TTA_MAX_BODY": 16 * 1024 * 1024, "TTA_MAX_DEPTH": 100}
@@ -22,40 +22,33 @@ class RequestInfo:
     """What one request is known by.
 
     It stands in the WSGI environment: a test that holds an application context open over two requests shares
-    ``flask.g`` between them, and must not share this.
+    ``flask.g`` between them, and must not share this. Every request makes one, so it does no more than it must.
     """
 
-    __slots__ = ("_context", "_id", "arrived")
+    __slots__ = ("_context", "_trace", "deadline", "id")
 
-    def __init__(self) -> None:
-        self.arrived: Deadline | None = None
-        self._id: str | None = None
+    def __init__(self, environ: dict[str, Any], seconds: float | None) -> None:
+        given = environ.get("HTTP_X_REQUEST_ID")
+        self.id: str = given if given and _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
+        self.deadline = None if seconds is None else Deadline.after(seconds)  # from the request's arrival on
+        self._trace: str | None = environ.get("HTTP_TRACEPARENT")
         self._context: WorkflowContext | None = None
-        seconds = current_app.config["TTA_DEADLINE"]
-        if seconds is not None:
-            self.arrived = Deadline.after(seconds)
 
     @classmethod
     def current(cls) -> RequestInfo:
+        """Return the current request's, made at its arrival; or now, for a request that a test has only pushed."""
         environ = request.environ
-        held = environ.get(_ENVIRON)
+        held: RequestInfo | None = environ.get(ENVIRON)
         if held is None:
-            held = environ[_ENVIRON] = cls()
-        return cast(RequestInfo, held)
-
-    @property
-    def id(self) -> str:
-        if self._id is None:
-            given = request.headers.get("X-Request-ID", "")
-            self._id = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
-        return self._id
+            held = environ[ENVIRON] = cls(environ, current_app.config["TTA_DEADLINE"])
+        return held
 
     @property
     def context(self) -> WorkflowContext:
         if self._context is None:
-            context = self._context = WorkflowContext(correlation_id=self.id, deadline=self.arrived)
-            trace = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
-            if trace is not None:
+            context = self._context = WorkflowContext(correlation_id=self.id, deadline=self.deadline)
+            trace = self._trace and _TRACEPARENT.fullmatch(self._trace)
+            if trace:
                 version, trace_id, span_id, flags, more = trace.groups()
                 # W3C Trace Context: ff is no version, all zeros no id, and version 00 has four fields only.
                 if version != "ff" and trace_id.strip("0") and span_id.strip("0") and (version != "00" or not more):
