@@ -378,7 +378,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         except BaseException as error:
             self._ended(error, generation, lease, began, context)
             raise
-        if self._failures or self._window is not None or lease is not None:
+        if self._failures or self._window is not None or lease is not None or cancel_reason(context) is not None:
             self._ended(None, generation, lease, began, context)
         return result
 
@@ -475,15 +475,16 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         context: WorkflowContext,
     ) -> None:
         """Count how a call ended, unless it is too late to matter."""
-        failed = slow = False
-        if error is not None:
-            failed = slow = isinstance(error, asyncio.CancelledError) and cancel_reason(context) is not None
-            if not failed:
-                failed = (
-                    isinstance(error, self.config.expected_exception)
-                    and isinstance(error, Exception)
-                    and not isinstance(error, REJECTIONS)
-                )
+        # Cut by a timeout or deadline around: also where the step swallowed that and returned something later on.
+        failed = slow = (error is None or isinstance(error, asyncio.CancelledError)) and (
+            cancel_reason(context) is not None
+        )
+        if not failed:
+            failed = (
+                isinstance(error, self.config.expected_exception)
+                and isinstance(error, Exception)
+                and not isinstance(error, REJECTIONS)
+            )
         neutral = error is not None and not failed
         limit = self.config.slow_call_seconds
         now = context.clock.monotonic() if limit is not None or self._window_tells_time else 0.0
