@@ -132,7 +132,7 @@ class Codec:
         try:
             value = json.loads(payload, parse_constant=_no_constant)
             return _untag(value) if envelope.codec & _TAGGED else value
-        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, OverflowError, LookupError):
+        except Exception:  # whatever JSON or a type says of a text that it did not write
             raise Undecodable("corrupt") from None
 
     def _decompress(self, payload: bytes) -> bytes:

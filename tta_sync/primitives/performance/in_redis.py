@@ -50,7 +50,7 @@ _FORGET_LIMIT = 1.0  # seconds for an invalidation, which may not be skipped
 _PART_OF_REMAINING = 0.1  # of the time that a call has left, for one question to Redis
 _MAX_SWEEPS = 1000
 _MAX_NAMES = 4096
-_SEEN = 64  # bytes by which a refused result is known again
+_SEEN = 64  # bytes by which a result is known again; its random id is among them
 
 
 class Script:
@@ -227,7 +227,7 @@ class RedisLayer:
                 old = self._codec.open(key, blob)
                 reason = self._fault(old, versions, context)
                 if not reason:
-                    return self._from(old, key, tags, counters, data, context)
+                    return self._from(old, seen, key, tags, counters, data, context)
                 if reason != "expired":
                     old = None
         except RedisDown as down:
@@ -258,6 +258,7 @@ class RedisLayer:
     def _from(
         self,
         envelope: Envelope,
+        seen: bytes,
         key: bytes,
         tags: frozenset[str],
         counters: tuple[bytes, ...],
@@ -276,7 +277,7 @@ class RedisLayer:
         if envelope.degraded:
             context.mark_degraded()
         if stale or (cache.xfetch_beta and now >= cache.early(envelope.expires_at, envelope.cost)):
-            work = partial(self._compute, key=key, counters=counters, data=data, seen=b"", old=None, refresh=True)
+            work = partial(self._compute, key=key, counters=counters, data=data, seen=seen, old=None, refresh=True)
             cache.refresh(key, context, tags, work)
         return value
 

@@ -11,6 +11,7 @@ How to reach the server (address, credentials, TLS) comes from outside: see :fun
 from __future__ import annotations
 
 import asyncio
+import re
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
@@ -37,7 +38,10 @@ class Refused(Exception):
 
     @property
     def code(self) -> str:
-        return str(self).partition(" ")[0]
+        """The word by which Redis names the error, also where a script met it."""
+        text = str(self)
+        inside = re.search(r"running script.*?: -?([A-Z]{3,}) ", text)
+        return text.partition(" ")[0] if inside is None else inside[1]
 
 
 class Oversized(Exception):

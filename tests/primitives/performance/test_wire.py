@@ -1,0 +1,538 @@
+"""The connection to Redis: replies whatever their packets, and never a long wait for a server that does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.performance.wire import Bounds, Endpoint, Link, Oversized, RedisDown, Refused, Wire, pack
+from tta_sync.redis import endpoint
+
+
+class Transport(asyncio.Transport):
+    """The sending half of a connection, kept in memory."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.sent.append(bytes(data))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def wire(lost: list[Exception] | None = None, push: list[Any] | None = None, limit: float = 5.0) -> Wire:
+    """A connected wire whose server is the test."""
+    wire = Wire(
+        Bounds(limit, 1000),
+        lambda wire, error: lost.append(error) if lost is not None else None,
+        push.append if push is not None else None,
+    )
+    wire.connection_made(Transport())
+    return wire
+
+
+REPLIES = [
+    (b"+OK\r\n", b"OK"),
+    (b":-42\r\n", -42),
+    (b"$-1\r\n", None),
+    (b"$0\r\n\r\n", b""),
+    (b"$4\r\n\r\n\r\n\r\n", b"\r\n\r\n"),
+    (b"$600\r\n" + b"x" * 600 + b"\r\n", b"x" * 600),
+    (b"*-1\r\n", None),
+    (b"*0\r\n", []),
+    (b"*3\r\n$1\r\na\r\n$-1\r\n:7\r\n", [b"a", None, 7]),
+    (b"*2\r\n*1\r\n+x\r\n$2\r\nyz\r\n", [[b"x"], b"yz"]),
+]
+
+
+@given(st.lists(st.sampled_from(REPLIES), min_size=1, max_size=6), st.lists(st.integers(1, 700), max_size=30))
+def test_replies_are_read_when_they_come_in_any_packets(replies: list[tuple[bytes, Any]], sizes: list[int]) -> None:
+    """However the bytes are cut, each command gets its own reply, in order."""
+
+    async def main() -> None:
+        connection = wire()
+        futures = [connection.ask(("GET", str(index))) for index in range(len(replies))]
+        stream = b"".join(reply for reply, _ in replies)
+        for size in sizes:
+            connection.data_received(stream[:size])
+            stream = stream[size:]
+        connection.data_received(stream)
+        assert [future.result() for future in futures] == [value for _, value in replies]
+        connection.close()
+
+    asyncio.run(main())
+
+
+def test_command_is_packed_as_redis_reads_it_when_sent() -> None:
+    """Bytes, text and numbers are bulk strings, also with line ends and half surrogates inside."""
+    assert pack(("SET", b"k\r\n", 12, "ü")) == b"*4\r\n$3\r\nSET\r\n$3\r\nk\r\n\r\n$2\r\n12\r\n$2\r\n\xc3\xbc\r\n"
+    assert pack(("\ud800",)) == b"*1\r\n$3\r\n\xed\xa0\x80\r\n"
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n",
+        b"$x\r\n",
+        b"*x\r\n",
+        b":x\r\n",
+        b"*999999999\r\n",
+        b"*1\r\n" * 10,
+        b"+" + b"x" * 70_000,
+        b"+OK\r\n+OK\r\n",
+    ],
+)
+def test_connection_is_dropped_when_what_answers_is_no_redis(garbage: bytes) -> None:
+    """Bytes that are no reply, or one that nobody asked for, end the connection; who waits is told."""
+
+    async def main() -> None:
+        lost: list[Exception] = []
+        connection = wire(lost)
+        future = connection.ask(("PING",))
+        connection.data_received(garbage)
+        assert isinstance(connection._transport, Transport)
+        assert connection._transport.aborted
+        assert len(lost) == 1
+        if garbage.startswith(b"+OK"):
+            assert future.result() == b"OK"
+        else:
+            with pytest.raises(RedisDown):
+                future.result()
+
+    asyncio.run(main())
+
+
+def test_connection_is_dropped_when_a_reply_is_larger_than_allowed() -> None:
+    """The length alone is enough: nothing of a huge reply is kept."""
+
+    async def main() -> None:
+        connection = wire()
+        future = connection.ask(("GET", "k"))
+        connection.data_received(b"$1001\r\nx")
+        with pytest.raises(Oversized, match="1001 bytes"):
+            future.result()
+        assert isinstance(connection._transport, Transport)
+        assert connection._transport.aborted
+
+    asyncio.run(main())
+
+
+def test_errors_of_the_server_are_raised_when_it_refuses() -> None:
+    """An error reply concerns its own command only."""
+
+    async def main() -> None:
+        connection = wire()
+        first, second = connection.ask(("SET", "k", 1)), connection.ask(("GET", "k"))
+        connection.data_received(b"-OOM command not allowed\r\n$1\r\n1\r\n")
+        with pytest.raises(Refused, match="OOM command not allowed") as caught:
+            first.result()
+        assert caught.value.code == "OOM"
+        assert second.result() == b"1"
+        connection.close()
+
+    asyncio.run(main())
+
+
+def test_reply_is_dropped_when_its_caller_has_left() -> None:
+    """A cancelled caller costs the others nothing: the replies stay in step."""
+
+    async def main() -> None:
+        connection = wire()
+        first, second = connection.ask(("GET", "a")), connection.ask(("GET", "b"))
+        first.cancel()
+        connection.data_received(b"$1\r\na\r\n$1\r\nb\r\n")
+        assert second.result() == b"b"
+        connection.close()
+
+    asyncio.run(main())
+
+
+def test_published_messages_are_told_from_replies_when_they_come_between() -> None:
+    """A message goes to the listener, also between a command and its reply."""
+
+    async def main() -> None:
+        pushed: list[Any] = []
+        connection = wire(push=pushed)
+        future = connection.ask(("SUBSCRIBE", "c"))
+        message = b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n"
+        connection.data_received(message + b"*3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n" + message)
+        assert future.result() == [b"subscribe", b"c", 1]
+        assert pushed == [[b"message", b"c", b"hi"]] * 2
+        connection.close()
+
+    asyncio.run(main())
+
+
+def test_everyone_is_told_when_the_oldest_command_has_waited_its_limit() -> None:
+    """A server that is silent for the limit has lost the connection, with all that waits on it."""
+
+    async def main() -> None:
+        lost: list[Exception] = []
+        connection = wire(lost, limit=0.05)
+        first = connection.ask(("GET", "a"))
+        await asyncio.sleep(0.03)
+        connection.data_received(b"$1\r\na\r\n")
+        second = connection.ask(("GET", "b"))
+        await asyncio.sleep(0.03)
+        assert first.result() == b"a"
+        assert not second.done()  # the limit counts from its own beginning
+        with pytest.raises(RedisDown, match="did not answer in time"):
+            await second
+        assert isinstance(lost[0], TimeoutError)
+
+    asyncio.run(main())
+
+
+# ---- real servers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """The port of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def link_to(url: str) -> Link:
+    return endpoint(url).link
+
+
+def test_commands_of_many_share_one_connection_when_they_ask_at_once(redis_url: str) -> None:
+    """A thousand concurrent commands need one connection, and each gets its own answer."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        await asyncio.gather(*(link.ask("SET", f"k{index}", index) for index in range(1000)))
+        values = await asyncio.gather(*(link.ask("GET", f"k{index}") for index in range(1000)))
+        assert values == [b"%d" % index for index in range(1000)]
+        clients = await link.ask("CLIENT", "LIST")
+        assert clients.count(b"name=") == 1
+        assert await link.ask("GET", "k" * 100_000) is None
+        await link.ask("SET", "big", b"x" * 3_000_000)
+        assert len(await link.ask("GET", "big")) == 3_000_000
+
+    asyncio.run(main())
+
+
+def test_connection_is_closed_when_its_loop_ends(redis_url: str) -> None:
+    """The end of asyncio.run closes the connection; the next loop opens its own."""
+    place = endpoint(redis_url)
+    for _ in range(3):
+        assert asyncio.run(_ask(place, "PING")) == b"PONG"
+    with redis.Redis.from_url(redis_url) as client:
+        give_up = time.monotonic() + 10
+        while len(client.client_list()) > 1 and time.monotonic() < give_up:
+            time.sleep(0.005)
+        assert len(client.client_list()) == 1
+    gc.collect()  # an unclosed transport would warn
+    assert len(place._links) <= 1
+
+
+async def _ask(place: Endpoint, *parts: Any) -> Any:
+    return await place.link.ask(*parts)
+
+
+def test_callers_are_told_at_once_when_the_server_is_known_to_be_down(black_hole: int) -> None:
+    """The first question to a black hole takes the limit; the next ones take nothing."""
+
+    async def main() -> None:
+        link = link_to(f"redis://127.0.0.1:{black_hole}")
+        began = time.perf_counter()
+        with pytest.raises(RedisDown):
+            await link.ask("GET", "k")
+        first = time.perf_counter() - began
+        assert 0.09 <= first < 1
+        began = time.perf_counter()
+        for _ in range(100):
+            with pytest.raises(RedisDown):
+                await link.ask("GET", "k")
+        assert time.perf_counter() - began < first
+        assert link.down
+
+    asyncio.run(main())
+
+
+def test_callers_are_told_at_once_when_the_server_refuses_connections(free_port: Any) -> None:
+    """Nobody listening is known immediately."""
+
+    async def main() -> None:
+        link = link_to(f"redis://127.0.0.1:{free_port()}")
+        for _ in range(2):
+            with pytest.raises(RedisDown):
+                await link.ask("GET", "k")
+        assert link.down
+
+    asyncio.run(main())
+
+
+def test_caller_with_little_time_leaves_early_and_harms_nobody(redis_url: str) -> None:
+    """A limit below the common one ends one caller's wait, not the connection."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        await link.ask("PING")
+        slow = asyncio.ensure_future(link.ask("DEBUG", "SLEEP", "0.04"))
+        await asyncio.sleep(0)
+        with pytest.raises(RedisDown, match="the time that this call has left"):
+            await link.ask("PING", limit=0.005)
+        assert await slow == b"OK"
+        assert await link.ask("PING") == b"PONG"
+        assert not link.down
+
+    asyncio.run(main())
+
+
+def test_server_is_found_again_when_it_was_stopped_for_a_while(own_redis_server: Any, eventually: Any) -> None:
+    """A frozen server is down after one limit; when it thaws, it is used again without a restart."""
+
+    async def main() -> None:
+        link = link_to(own_redis_server.url)
+        await link.ask("SET", "k", 1)
+        os.kill(own_redis_server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(RedisDown):
+                await link.ask("GET", "k")
+            assert link.down
+        finally:
+            os.kill(own_redis_server.pid, signal.SIGCONT)
+        assert await _until_up(link, "GET", "k") == b"1"
+
+    asyncio.run(main())
+
+
+def test_server_is_found_again_when_it_was_killed_and_restarted(own_redis_server: Any) -> None:
+    """A crash loses the connection, not the cache: a new server at the same address is used."""
+
+    async def main() -> None:
+        link = link_to(own_redis_server.url)
+        await link.ask("SET", "k", 1)
+        await asyncio.to_thread(own_redis_server.stop, signal.SIGKILL)
+        while not link.down:
+            with pytest.raises(RedisDown):
+                await link.ask("GET", "k")
+        changes: list[int] = []
+        link.on_change = lambda: changes.append(1)
+        await asyncio.to_thread(own_redis_server.start)
+        assert await _until_up(link, "GET", "k") is None
+        assert changes
+
+    asyncio.run(main())
+
+
+async def _until_up(link: Link, *parts: Any) -> Any:
+    give_up = time.monotonic() + 20
+    while True:
+        try:
+            return await link.ask(*parts)
+        except RedisDown:
+            assert time.monotonic() < give_up, "the server was not found again"
+            await asyncio.sleep(0.01)
+
+
+def test_closed_connection_is_opened_again_when_the_server_is_up(redis_url: str) -> None:
+    """A connection that the server ended (CLIENT KILL, a time-out) is replaced without anybody noticing."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        number = await link.ask("CLIENT", "ID")
+        with redis.Redis.from_url(redis_url) as client:
+            client.client_kill_filter(_id=str(number))
+        while link.connected is not None:
+            await asyncio.sleep(0.001)
+        assert await link.ask("CLIENT", "ID") != number
+        assert not link.down
+
+    asyncio.run(main())
+
+
+def test_stalled_loop_is_not_taken_for_a_silent_server_when_it_goes_on(redis_url: str) -> None:
+    """Code that blocks the loop for longer than the limit does not make Redis look dead."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        await link.ask("PING")
+        question = asyncio.ensure_future(link.ask("PING"))
+        await asyncio.sleep(0)
+        time.sleep(0.15)  # the user's fault, on purpose
+        assert await question == b"PONG"
+        assert not link.down
+
+    asyncio.run(main())
+
+
+def test_nothing_is_sent_when_a_message_is_posted_without_a_connection(free_port: Any) -> None:
+    """post() never opens a connection, nor raises."""
+
+    async def main() -> None:
+        link = link_to(f"redis://127.0.0.1:{free_port()}")
+        link.post("PING")
+        await asyncio.sleep(0)
+        assert link.connected is None
+        assert not link.down
+
+    asyncio.run(main())
+
+
+def test_refusal_of_a_posted_message_is_nobodys_error(redis_url: str) -> None:
+    """The answer to a post is dropped, whatever it is."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        await link.ask("PING")
+        link.post("NONSENSE")
+        assert await link.ask("PING") == b"PONG"
+        link.post("PING")
+        link.close()
+        link.post("PING")
+
+    asyncio.run(main())
+
+
+def test_probing_ends_when_the_loop_does(free_port: Any) -> None:
+    """A link that knows its server to be down leaves nothing behind when the loop is closed."""
+
+    async def main() -> Link:
+        link = link_to(f"redis://127.0.0.1:{free_port()}")
+        with pytest.raises(RedisDown):
+            await link.ask("PING")
+        assert link.down
+        return link
+
+    link = asyncio.run(main())
+    assert link.closed
+    assert not [task for task in asyncio.all_tasks(link.loop) if not task.done()]
+
+
+def test_connecting_is_shared_when_many_ask_first(redis_url: str) -> None:
+    """However many callers find no connection, one is opened."""
+
+    async def main() -> None:
+        link = link_to(redis_url)
+        numbers = await asyncio.gather(*(link.ask("CLIENT", "ID") for _ in range(50)))
+        assert len(set(numbers)) == 1
+
+    asyncio.run(main())
+
+
+def test_loops_on_two_threads_have_connections_of_their_own_when_they_ask_at_once(redis_url: str) -> None:
+    """A connection belongs to the loop that opened it."""
+    place = endpoint(redis_url)
+    numbers: list[int] = []
+    both = threading.Barrier(2)
+
+    def run() -> None:
+        async def main() -> None:
+            numbers.append(await place.link.ask("CLIENT", "ID"))
+            await asyncio.to_thread(both.wait, 10)
+
+        asyncio.run(main())
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(numbers)) == 2
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def test_server_is_the_same_when_its_address_is_spelt_otherwise(redis_url: str) -> None:
+    """A sync client, an asynchronous one and a URL of one server share its connections."""
+    port = int(redis_url.rpartition(":")[2].partition("/")[0])
+    kept = endpoint(redis.Redis(host="127.0.0.1", port=port, socket_timeout=1, decode_responses=True))
+    assert endpoint(redis.asyncio.Redis(host="127.0.0.1", port=port)) is kept
+    assert endpoint(redis.Redis(host="127.0.0.1", port=port, db=1)) is not kept
+    assert endpoint(redis_url).name == kept.name == f"Redis at 127.0.0.1:{port}"
+
+
+def test_database_name_and_password_are_used_when_the_client_has_them(own_redis_server: Any) -> None:
+    """Address, database and credentials come from the client; a wrong password is no answer."""
+    with redis.Redis.from_url(own_redis_server.url) as admin:
+        admin.acl_setuser("app", enabled=True, passwords=["+pässword"], keys="*", commands=["+@all"])
+        admin.config_set("requirepass", "default-secret")
+    port = own_redis_server.port
+
+    async def who(**options: Any) -> Any:
+        link = endpoint(redis.asyncio.Redis(host="127.0.0.1", port=port, **options)).link
+        await link.ask("SET", "k", 1)
+        return await link.ask("ACL", "WHOAMI"), await link.ask("CLIENT", "LIST"), await link.ask("DBSIZE")
+
+    user, clients, size = asyncio.run(who(username="app", password="pässword", db=3, client_name="cache"))
+    assert user == b"app"
+    assert b"name=cache" in clients
+    assert b"db=3" in clients
+    assert size == 1
+    assert asyncio.run(who(password="default-secret"))[0] == b"default"
+    for wrong in ({"password": "no"}, {"username": "app", "password": "no"}, {}):
+        with pytest.raises((RedisDown, Refused)):
+            asyncio.run(who(**wrong))
+
+
+def test_credential_provider_is_asked_when_the_client_has_one(own_redis_server: Any) -> None:
+    """Credentials that change are read at each connection."""
+    with redis.Redis.from_url(own_redis_server.url) as admin:
+        admin.config_set("requirepass", "s3")
+    provider = redis.UsernamePasswordCredentialProvider("default", "s3")
+    client = redis.Redis(host="127.0.0.1", port=own_redis_server.port, credential_provider=provider)
+    assert asyncio.run(_ask(endpoint(client), "PING")) == b"PONG"
+
+
+def test_unix_socket_is_used_when_the_url_names_one(tmp_path: Any) -> None:
+    """unix:// works as redis:// does."""
+    import subprocess
+
+    from tta_sync.redis import find_redis_server
+
+    path = f"/tmp/tta-{os.getpid()}.sock"
+    server = subprocess.Popen(
+        [find_redis_server(), "--port", "0", "--unixsocket", path, "--save", "", "--dir", tmp_path],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        give_up = time.monotonic() + 20
+        while not os.path.exists(path):
+            assert time.monotonic() < give_up
+            time.sleep(0.005)
+        assert asyncio.run(_ask(endpoint(f"unix://{path}"), "PING")) == b"PONG"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.parametrize("source", [object(), "http://example.com", 5, None])
+def test_source_is_refused_when_it_is_no_redis(source: Any) -> None:
+    """What names no Redis server is a ConfigurationError."""
+    with pytest.raises(ConfigurationError, match=r"no Redis URL|no client of one Redis server"):
+        endpoint(source)
+
+
+def test_client_is_refused_when_it_brings_connections_of_its_own_kind() -> None:
+    """A stand-in for Redis that is not reached over the network cannot be shared by processes."""
+
+    class Stand:
+        class connection_pool:
+            connection_kwargs: dict[str, Any] = {}
+
+            class connection_class: ...
+
+    with pytest.raises(ConfigurationError, match="Stand is no client of one Redis server"):
+        endpoint(Stand())
