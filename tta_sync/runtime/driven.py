@@ -15,6 +15,7 @@ strike between taking a lock and noting that one has it, but never hides who hol
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal wraps numbers in enums, at ten times the cost
 import asyncio
 import os
 import signal
@@ -182,7 +183,7 @@ class DrivenLoop(ManagedLoop):
 
         def defer(number: int, frame: FrameType | None) -> None:
             if not driving:  # a signal struck while the handlers were put back, and this one was left behind
-                signal.signal(number, handlers[number])
+                _signal.signal(number, handlers[number])
                 handlers[number](number, frame)
                 return
             deferred.append(number)
@@ -192,16 +193,16 @@ class DrivenLoop(ManagedLoop):
 
         try:
             for number in _SIGNALS:
-                handler = signal.getsignal(number)
+                handler = _signal.getsignal(number)
                 if callable(handler):
                     handlers[number] = handler
-                    signal.signal(number, defer)
+                    _signal.signal(number, defer)
             self._turn(call)
         finally:
             driving = False
             for number, handler in handlers.items():
-                if signal.getsignal(number) is defer:  # else a coroutine has set its own
-                    signal.signal(number, handler)
+                if _signal.getsignal(number) is defer:  # else a coroutine has set its own
+                    _signal.signal(number, handler)
             if deferred:
                 for number in deferred[1:]:
                     signal.raise_signal(number)  # their turn comes when this one has been dealt with
