@@ -6,12 +6,21 @@ from typing import Any
 
 from tta_sync import WorkflowContext, caller_step, step, thread_step
 from tta_sync.primitives import (
+    BulkheadPrimitive,
+    CachePrimitive,
+    ChaosPrimitive,
+    CircuitBreakerPrimitive,
     ConditionalPrimitive,
+    FallbackPrimitive,
+    HedgePrimitive,
     MapPrimitive,
     ParallelPrimitive,
+    RateLimitPrimitive,
+    RetryPrimitive,
     RouterPrimitive,
     SequentialPrimitive,
     SwitchPrimitive,
+    TimeoutPrimitive,
     WorkflowPrimitive,
 )
 
@@ -47,6 +56,11 @@ def flag(data: str) -> bool:
 class Upper(WorkflowPrimitive[str, str]):
     async def execute(self, data: str, context: WorkflowContext) -> str:
         return data.upper()
+
+
+class Zero(WorkflowPrimitive[str, int]):
+    async def execute(self, data: str, context: WorkflowContext) -> int:
+        return 0
 
 
 class Foreign:
@@ -85,6 +99,17 @@ async def check(context: WorkflowContext) -> None:
     reveal_type(caller_step(len) >> half)  # SequentialPrimitive[Sized, float]
     reveal_type(thread_step(idempotent=False)(words))  # ThreadPrimitive[str, list[str]]
     reveal_type(flag >> half)  # SequentialPrimitive[str, float]
+    reveal_type(RetryPrimitive(parse, max_retries=1))  # RetryPrimitive[str, int]
+    reveal_type(TimeoutPrimitive(RetryPrimitive(parse), 1.0) >> half)  # SequentialPrimitive[str, float]
+    reveal_type(FallbackPrimitive(parse, Zero()))  # FallbackPrimitive[str, int]
+    reveal_type(CircuitBreakerPrimitive(parse))  # CircuitBreakerPrimitive[str, int]
+    reveal_type(BulkheadPrimitive(parse, 3))  # BulkheadPrimitive[str, int]
+    reveal_type(RateLimitPrimitive(parse, rate=3))  # RateLimitPrimitive[str, int]
+    reveal_type(HedgePrimitive(parse, delay=1.0))  # HedgePrimitive[str, int]
+    reveal_type(ChaosPrimitive(parse))  # ChaosPrimitive[str, int]
+    reveal_type(CachePrimitive(parse, ttl=60))  # CachePrimitive[str, int]
+    reveal_type(CachePrimitive(ttl=60) >> parse)  # SequentialPrimitive[Any, int]
+    reveal_type(RetryPrimitive(double))  # RetryPrimitive[Any, Any]
     parse >> MapPrimitive(half)  # error
     parse >> parse  # error
     half >> Upper()  # error

@@ -328,6 +328,27 @@ def test_peek_passes_through_a_chain_that_a_cache_heads() -> None:
     assert SequentialPrimitive.peeks
 
 
+def test_peek_never_raises_through_a_sequence() -> None:
+    """A refusal is the step's to make, on the loop, where it gets its note."""
+
+    class Refusing(Frame):
+        def peek(self, data: Any, context: WorkflowContext) -> Any:
+            raise KeyError("refused")
+
+        peeks = True
+
+    class Declared(Refusing):
+        peek_raises = True
+
+        def peek(self, data: Any, context: WorkflowContext) -> Any:
+            raise AssertionError("asked")
+
+        peeks = True
+
+    for kind in Refusing, Declared:
+        assert SequentialPrimitive([kind("M", a)]).peek("x", WorkflowContext()) is MISS
+
+
 def test_peek_is_not_asked_of_a_class_that_does_not_declare_it() -> None:
     """A user's own method of that name is never called."""
 

@@ -150,6 +150,7 @@ class WorkflowPrimitive(Generic[In, Out]):
 
     idempotent: bool | None = None
     peeks: ClassVar[bool] = False
+    peek_raises: bool = False  # True where peek may raise in the step's stead: only a timeout may pass that on
     name: str | None = None
     tells_itself: ClassVar[bool] = False  # True: composites around it emit no StepStarted and StepEnded for it
     runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
@@ -370,6 +371,16 @@ def step_name(candidate: object) -> str:
 def display_name(candidate: object) -> str:
     """Return :func:`step_name` without the function in which the step was defined, for reprs and diagrams."""
     return step_name(candidate).rpartition("<locals>.")[2]
+
+
+def peek_value(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowContext) -> Any:
+    """Return what *step* can answer without the loop; MISS where it cannot, or would raise."""
+    if not step.peeks or step.peek_raises:
+        return MISS
+    try:
+        return step.peek(data, context)
+    except Exception:
+        return MISS
 
 
 class ForeignPrimitive(WorkflowPrimitive[Any, Any]):

@@ -26,6 +26,7 @@ from tta_sync.primitives.core.base import (
     WorkflowPrimitive,
     as_primitive,
     note,
+    peek_value,
     told,
 )
 from tta_sync.primitives.core.composition import is_unbound
@@ -143,10 +144,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
     def peek(self, data: In, context: WorkflowContext) -> Out | Any:
         """Answer where the whole sequence is one step that can, such as a cache of all the rest."""
         only = self._bound if self._bound is not None else self.steps[0] if len(self.steps) == 1 else None
-        if only is None or not type(only).peeks:
-            return MISS
-        answer: Out = only.peek(data, context)
-        return answer
+        return MISS if only is None else peek_value(only, data, context)
 
     def _bind(self) -> tuple[Run, ...]:
         # Threads that come here at once all get the same from bind(): no lock.

@@ -24,6 +24,7 @@ from tta_sync.primitives.core.base import (
     In,
     LambdaPrimitive,
     Out,
+    StepLike,
     WorkflowPrimitive,
     as_primitive,
     calling_form,
@@ -93,7 +94,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any = None,
+        primitive: StepLike[In, Out] | None = None,
         cache_key_fn: Callable[..., Any] | None = None,
         ttl_seconds: float | None = None,
         backend: Any = None,

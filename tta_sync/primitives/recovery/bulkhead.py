@@ -10,7 +10,7 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import BulkheadFullError, ConfigurationError
-from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, call_next
@@ -43,7 +43,7 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         max_concurrent: int,
         max_queue: int = 0,
         max_wait: float | None = None,

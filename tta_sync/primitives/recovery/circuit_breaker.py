@@ -15,7 +15,7 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason
 from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError
 from tta_sync.exceptions import CircuitOpenError, ConfigurationError
-from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.retry import LONGEST_WAIT, REJECTIONS, ErrorTypes, retry_after_of
@@ -286,7 +286,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         config: CircuitBreakerConfig | None = None,
         *,
         name: str | None = None,

@@ -8,7 +8,16 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.base import (
+    In,
+    Out,
+    StepLike,
+    WorkflowPrimitive,
+    as_primitive,
+    note,
+    peek_value,
+    step_name,
+)
 from tta_sync.primitives.core.composition import check_composition
 
 
@@ -35,9 +44,9 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primary: Any,
-        fallback: Any = None,
-        fallbacks: Sequence[Any] | None = None,
+        primary: StepLike[In, Out],
+        fallback: StepLike[In, Out] | None = None,
+        fallbacks: Sequence[StepLike[Any, Any]] | None = None,
         *,
         fallback_on: type[Exception] | tuple[type[Exception], ...] = Exception,
         name: str | None = None,
@@ -112,13 +121,3 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
     def peek(self, data: In, context: WorkflowContext) -> Out | Any:
         # What the primary would raise is no answer: the fallback has one, on the loop.
         return peek_value(self.primary, data, context)
-
-
-def peek_value(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowContext) -> Any:
-    """Return what *step* can answer without the loop; MISS where it cannot, or would raise."""
-    if not step.peeks or getattr(step, "peek_raises", False):
-        return MISS
-    try:
-        return step.peek(data, context)
-    except Exception:
-        return MISS

@@ -11,7 +11,7 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note, step_name
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.retry import RetryBudget
@@ -63,7 +63,7 @@ class HedgePrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         delay: float | None = None,
         *,
         max_hedges: int = 1,

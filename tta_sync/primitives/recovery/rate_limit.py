@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, step_name, takes_context
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, takes_context
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, lead
@@ -84,7 +84,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         rate: float,
         burst: int = 1,
         key: Callable[..., Hashable] | None = None,

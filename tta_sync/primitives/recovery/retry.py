@@ -24,10 +24,19 @@ from tta_sync.exceptions import (
     RateLimitedError,
     SagaError,
 )
-from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.base import (
+    MISS,
+    In,
+    Out,
+    StepLike,
+    WorkflowPrimitive,
+    as_primitive,
+    note,
+    peek_value,
+    step_name,
+)
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.sequential import SequentialPrimitive
-from tta_sync.primitives.recovery.fallback import peek_value
 from tta_sync.primitives.recovery.forks import renew_after_fork
 
 if TYPE_CHECKING:
@@ -299,7 +308,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         strategy: RetryStrategy | None = None,
         *,
         max_retries: int | None = None,

@@ -19,7 +19,7 @@ from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
 from tta_sync.context import Deadline, TimeLimit, WorkflowContext, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
-from tta_sync.primitives.core.base import MISS, In, Out, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition, inside
 
 TimeoutError = StepTimeoutError  # noqa: A001  # TTA.dev's name for it in this module
@@ -58,7 +58,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(
         self,
-        primitive: Any,
+        primitive: StepLike[In, Out],
         timeout_seconds: float | None = None,
         fallback: Any = None,
         track_timeouts: bool = True,
