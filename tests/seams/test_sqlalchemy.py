@@ -1130,6 +1130,16 @@ def test_timeout_does_not_reach_beyond_the_step(engine: sa.Engine, work: UnitOfW
             assert len(unit.session.scalars(sa.select(Row)).all()) == 1
 
 
+def test_connection_has_no_limit_left_when_the_step_has_ended(sqlite: sa.Engine) -> None:
+    """Once the limit of a step that ended in time has passed, its connection still runs long statements."""
+    with unit_of_work(sqlite) as unit:
+        end = time.monotonic() + 0.2
+        save._perform(steps._Turn(), "a", WorkflowContext(), end)
+        time.sleep(max(0.0, end - time.monotonic()))
+        long = FOREVER["sqlite"].replace("FROM c)", "FROM c WHERE n < 100000)")
+        assert unit.session.scalar(sa.text(long)) == 100000
+
+
 def test_step_does_not_start_when_the_deadline_has_passed(sqlite: sa.Engine) -> None:
     """A limit that passed while the step was queued is raised, not tried."""
     ran: list[int] = []
@@ -1226,7 +1236,7 @@ def test_transaction_held_across_an_await_is_told(
     first, second = held(heard)
     assert (first.step, first.correlation_id) == ("test_transaction_held_across_an_await_is_told.<locals>.look", "c")
     assert first.seconds > 0
-    assert second.step == first.step
+    assert (second.step, second.correlation_id) == (first.step, "c")
 
 
 def test_short_transactions_and_committed_steps_are_no_event(

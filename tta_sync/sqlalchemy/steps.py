@@ -144,7 +144,7 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
 
     def _in_unit(self, unit: Unit, turn: _Turn, data: Any, context: WorkflowContext) -> Any:
         session = unit.open()
-        unit.step_began(context.correlation_id)
+        unit.step_began()
         try:
             result = self._in_session(session, turn, data, context)
         except Exception as error:
@@ -156,11 +156,11 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
             else:
                 if is_transient(error):
                     unit.doomed = error
-                unit.step_ended(self.name or "")
+                unit.step_ended(self.name or "", context.correlation_id)
             raise
         if unit.work.commit == "end":
             unit.fresh = False
-            unit.step_ended(self.name or "")
+            unit.step_ended(self.name or "", context.correlation_id)
             return result
         try:
             session.commit()

@@ -42,7 +42,7 @@ class Unit:
         self.doomed: Exception | None = None  # set once only running the whole unit again can help
         self._session: Session | None = None
         self._idle_since: float | None = None  # a transaction is open, and no step runs
-        self._last_step = ""
+        self._last_step: tuple[str, str | None] = ("", None)
 
     @property
     def session(self) -> Session:
@@ -70,20 +70,19 @@ class Unit:
             self.fresh = not self._session.in_transaction()  # an application's own session may be under way
         return self._session
 
-    def step_began(self, correlation_id: str | None) -> None:
+    def step_began(self) -> None:
         """Tell whoever listens that the transaction was held while nothing was done in it."""
         since, self._idle_since = self._idle_since, None
         if since is None or events.bus.emit is None:
             return
         seconds = time.monotonic() - since
         if seconds > HELD:
-            events.bus.emit(
-                events.TransactionHeld(step=self._last_step, seconds=seconds, correlation_id=correlation_id)
-            )
+            step, correlation_id = self._last_step
+            events.bus.emit(events.TransactionHeld(step=step, seconds=seconds, correlation_id=correlation_id))
 
-    def step_ended(self, name: str) -> None:
+    def step_ended(self, name: str, correlation_id: str) -> None:
         """Note that the transaction stays open from here on."""
-        self._last_step = name
+        self._last_step = (name, correlation_id)
         self._idle_since = time.monotonic()
 
     def begin_again(self, session: Session) -> None:
@@ -102,7 +101,7 @@ class Unit:
             return
         try:
             if commit:
-                self.step_began(None)
+                self.step_began()
                 session.commit()
         finally:
             try:
