@@ -27,6 +27,7 @@ from tta_sync.primitives.core.conditional import ConditionalPrimitive
 from tta_sync.primitives.core.mapping import MapPrimitive
 from tta_sync.primitives.core.parallel import ParallelPrimitive
 from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
+from tta_sync.primitives.recovery import SagaPrimitive
 
 a, b, c = (step(lambda data: data, name=name) for name in "abc")
 
@@ -262,6 +263,25 @@ def test_diagram_of_a_composite_of_several_parts_joins_them_loosely() -> None:
             return (a, b)
 
     assert "n2 -.- n3" in Group(a).to_mermaid()
+
+
+def test_diagram_of_a_saga_shows_what_undoes_what() -> None:
+    """The forward steps are a chain; each compensation hangs below its own."""
+    undo = step(lambda data: data, name="undo a")
+    assert SagaPrimitive([(a, undo), (b, None), (c, a)]).to_mermaid() == (
+        "flowchart LR\n"
+        '    subgraph g1["Saga"]\n'
+        '        n2["a"]\n'
+        '        n3["undo a"]\n'
+        '        n2 -.->|"undo"| n3\n'
+        '        n4["b"]\n'
+        "        n2 --> n4\n"
+        '        n5["c"]\n'
+        "        n4 --> n5\n"
+        '        n6["a"]\n'
+        '        n5 -.->|"undo"| n6\n'
+        "    end\n"
+    )
 
 
 def test_diagram_ends_when_a_workflow_contains_itself() -> None:

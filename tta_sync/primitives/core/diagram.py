@@ -18,9 +18,9 @@ class Outline(NamedTuple):
     """How a composite is drawn: what ``outline()`` returns.
 
     shape: "chain" (one after the other), "fork" (all at once), "choice" (one of them), "fallback" (the next where one
-        fails), or "wrap" (a frame around them).
+        fails), "saga" (a chain whose steps may have another that undoes them), or "wrap" (a frame around them).
     title: the text of the frame, the fork or the question.
-    labels: the text on the way to each child.
+    labels: the text on the way to each child; in a saga "undo" for those that undo the one before them.
     otherwise: in a choice, the text on the way past all children; None where there is no such way.
     """
 
@@ -62,6 +62,8 @@ class _Drawing:
             return self._choice(outline, parts, above)
         if outline.shape == "fallback":
             return self._frame(outline.title, lambda: self._fallback(parts, above))
+        if outline.shape == "saga":
+            return self._frame(outline.title, lambda: self._saga(outline, parts, above))
         return self._frame(outline.title, lambda: self._row(parts, above))
 
     def _leaf(self, primitive: Primitive) -> tuple[_Ends, _Ends]:
@@ -116,6 +118,18 @@ class _Drawing:
         for (_, ends), (begins, _) in itertools.pairwise(drawn):
             self._join([(node, "fails") for node, _ in ends], begins, "-.->")
         return drawn[0][0], [end for _, ends in drawn for end in ends]
+
+    def _saga(self, outline: Outline, parts: Sequence[Primitive], above: tuple[int, ...]) -> tuple[_Ends, _Ends]:
+        begins: _Ends = []
+        ends: _Ends = []
+        for part, label in zip(parts, outline.labels, strict=True):
+            part_begins, part_ends = self.draw(part, above)
+            if label == "undo":
+                self._join([(end, label) for end, _ in ends], part_begins, "-.->")
+                continue
+            self._join(ends, part_begins)
+            begins, ends = begins or part_begins, part_ends
+        return begins, ends
 
     def _frame(self, title: str, inside: Any) -> tuple[_Ends, _Ends]:
         self._count += 1

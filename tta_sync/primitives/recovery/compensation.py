@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext, time_limit
@@ -13,6 +13,9 @@ from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError
 from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, step_name
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
+
+if TYPE_CHECKING:
+    from tta_sync.primitives.core.diagram import Outline
 
 Step = WorkflowPrimitive[Any, Any]
 
@@ -58,6 +61,12 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
 
     def children(self) -> tuple[Step, ...]:
         return tuple(step for pair in self.steps for step in pair if step is not None)
+
+    def outline(self) -> Outline:
+        from tta_sync.primitives.core.diagram import Outline
+
+        labels = [label for _, undo in self.steps for label in ("", "undo")[: 1 if undo is None else 2]]
+        return Outline("saga", type(self).__name__.removesuffix("Primitive"), labels)
 
     def __repr__(self) -> str:
         pairs = ", ".join(f"({forward!r}, {undo!r})" for forward, undo in self.steps)
