@@ -9,6 +9,7 @@ import random
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1062,14 +1063,18 @@ def test_options_of_the_application_are_kept(sqlite_url: str, postgres_url: str)
 
 
 def test_forked_child_leaves_its_parents_connections_alone(engine: sa.Engine, work: UnitOfWork) -> None:
-    """A child opens connections of its own; the parent's still work after the child has gone."""
+    """A child opens connections of its own, never closes its parent's, and these still work when it has gone."""
     work.run(run_sync, save, "parent 1")
     with engine.connect() as held:
         held.exec_driver_sql("SELECT 1")
+        pool = weakref.ref(engine.pool)
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                gc.collect()
+                assert pool() is not None  # collecting it would close what is the parent's
+                assert engine.pool is not pool()
                 work.run(run_sync, save, "child")
                 engine.dispose()
                 status = 0
