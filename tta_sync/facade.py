@@ -174,7 +174,7 @@ class SyncFacade:
         self._peeked = itertools.count(1)
         self._peeks = 0
         self._loop: ManagedLoop | None = None  # the latest; checked before use for generation and death
-        self._loops: dict[tuple[int, int], ManagedLoop] = {}  # by generation and how many died before; see _start
+        self._loops: dict[tuple[int, int], ManagedLoop | None] = {}  # by generation and how many died before
         self._totals: dict[int, Totals] = {}  # by generation
         self._closed_in: int | None = None  # the generation in which shutdown() was called
 
@@ -403,21 +403,25 @@ class SyncFacade:
         _hook_exit()
         number = generation.current.number
         died = 0
-        while (loop := self._loops.get((number, died))) is not None:
-            if not loop.dead:
+        while (number, died) in self._loops:
+            loop = self._loops[number, died]
+            if loop is not None and not loop.dead:
+                loop.start()
                 self._loop = loop
                 return loop
+            self._loops[number, died] = None  # let go of it, but not of the count
             died += 1
         if self._closed_in == number:
             raise LoopUnavailableError("this facade was shut down: make a new SyncFacade, or shut down later")
         made = self._make_loop(self._totals_of(number))
         loop = self._loops.setdefault((number, died), made)
-        if loop is made:
-            made.start()
-            if self._closed_in == number:  # shut down meanwhile
-                made.shutdown(0.0)
-        else:
+        if loop is not made:
             made.discard()
+            if loop is None:  # it died at once
+                return self._start()
+        loop.start()
+        if loop is made and self._closed_in == number:  # shut down meanwhile
+            loop.shutdown(0.0)
         self._loop = loop
         return loop
 
@@ -462,7 +466,7 @@ class SyncFacade:
         """Return the totals of this process."""
         loop = self._loop
         alive = loop is not None and loop.generation == generation.current.number
-        begun = loop.begun if loop is not None and alive and not loop.dead else 0
+        begun = loop.begun if loop is not None and alive else 0
         totals = self._totals_of(generation.current.number)
         return FacadeStats(
             calls=totals.calls + begun + self._peeks,

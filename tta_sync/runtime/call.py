@@ -7,7 +7,7 @@ Who owns what:
 * ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it.
 * ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
 * ``work``: appended by the loop thread, taken by the caller's thread (deque operations are atomic).
-* ``left``: written by the caller's thread when it stops waiting.
+* ``sent``, ``left``: written by the caller's thread, just before it queues the call and when it stops waiting.
 
 The caller waits on a raw lock used as a binary semaphore. A wake-up is only a hint, "something changed: look at
 ``done`` and ``work``", so a spurious one does no harm and one lock serves all calls of a thread, nested ones too. A
@@ -67,6 +67,7 @@ class Call:
         "loop",
         "name",
         "result",
+        "sent",
         "started",
         "task",
         "timer",
@@ -94,6 +95,7 @@ class Call:
     began: bool
     done: bool
     left: bool
+    sent: bool
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run *fn* on the caller's thread: :class:`tta_sync.context.Caller`. Loop thread only."""
@@ -226,13 +228,18 @@ class Work:
 
     def settle(self, result: Any, error: BaseException | None) -> None:
         """Give the outcome to the step that waits for it. Loop thread only."""
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(result)
-        elif isinstance(error, StopIteration):  # a future refuses it
-            wrapped = RuntimeError("a caller step raised StopIteration")
-            wrapped.__cause__ = error
-            self.future.set_exception(wrapped)
-        else:
-            self.future.set_exception(error)
+        try:
+            if self.future.done():
+                return
+            if error is None:
+                self.future.set_result(result)
+            elif isinstance(error, StopIteration):  # a future refuses it
+                wrapped = RuntimeError("a caller step raised StopIteration")
+                wrapped.__cause__ = error
+                self.future.set_exception(wrapped)
+            else:
+                self.future.set_exception(error)
+        except BaseException as struck:  # thrown into the loop thread from outside: the step must not wait for ever
+            if not self.future.done():
+                self.future.set_exception(struck)
+            raise

@@ -217,6 +217,7 @@ class DrivenLoop(ManagedLoop):
 
     def submit(self, call: Call) -> None:
         call.waiting = False  # type: ignore[attr-defined]  # a DrivenCall
+        call.sent = True
         self._queue.append(call)
         if call.deadline is not None:
             self.post(self._watch_deadline, call)

@@ -99,6 +99,7 @@ class ManagedLoop:
         self._bell = -1
         self._closing: asyncio.Task[None] | None = None
         self._ended = native.new_lock()
+        self._unclaimed = [True]  # until a thread has taken it upon itself to turn the loop
         _loops.append(self)
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -118,21 +119,29 @@ class ManagedLoop:
         return native.new_lock()
 
     def _spawn(self, target: Callable[[], object], name: str) -> None:
-        threading.Thread(target=target, name=name, daemon=True).start()
+        # Through a bare thread: Thread.start() waits for the new one on a Condition, which a signal's exception breaks.
+        native.start_new_thread(_start_named, (target, name))
 
     def start(self) -> None:
-        """Start the thread. Nobody needs to wait for it: a call can be queued before the loop turns."""
+        """Start the thread, unless it has been. Any thread, any number of times: the first to arrive turns the loop.
+
+        Nobody needs to wait for it: a call can be queued before the loop turns.
+        """
+        if self._unclaimed:
+            self._spawn(self._run_once_only, "tta_sync-loop")
+
+    def _run_once_only(self) -> None:
         try:
-            self._spawn(self._run_forever, "tta_sync-loop")
-            self.watchdog.start()
-        except BaseException:  # a signal; whether the thread runs is not known, so it is told to end in any case
-            self.stopping = self.dead = True
-            self.post(self.loop.stop)
-            raise
+            self._unclaimed.pop()  # atomic
+        except IndexError:
+            return
+        self._spawn(self.watchdog.watch, "tta_sync-watchdog")
+        self._run_forever()
 
     def discard(self) -> None:
         """Throw away a loop that was never started."""
-        self.stopping = self.dead = True
+        self._unclaimed.clear()
+        self.stopping = True
         self._bury()
 
     def _run_forever(self) -> None:
@@ -168,27 +177,31 @@ class ManagedLoop:
 
     def _bury(self) -> None:
         """End everything that still waits for this loop, which turns no more. On its own thread, as the last thing."""
-        self.dead = True  # before the sweep: who comes later sees this, who came before is in `calls`
-        calls = [call for call in list(self.calls) if not call.done]
         if not self.stopping:
             self.totals.add("restarts")
-            logger.error("the loop thread died with %d calls in flight", len(calls), exc_info=self.death)
-            if events.bus.emit is not None:
-                events.bus.emit(events.LoopRestarted(step="loop", waiting=len(calls), error=self.death))
-        for call in calls:
-            call.finish(None, self.gone())
         self.totals.add("calls", self.begun)
+        self.begun = 0
         self.watchdog.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        # Closed before anybody is told and makes a new loop: should a stranger have closed the loop's descriptor, its
+        # number must not be the new loop's by the time it is closed once more.
         try:
             for task in asyncio.all_tasks(self.loop):
-                task._log_destroy_pending = False  # type: ignore[attr-defined]  # said above, or below at shutdown
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # said below, or at shutdown
             self.loop.close()
         except Exception:  # the loop may be broken in any way: that is why we are here
             logger.debug("the dead loop could not be closed", exc_info=True)
         if self in _loops:
             _loops.remove(self)
+        self.dead = True  # before the sweep: who comes later sees this, who came before is in `calls`
+        calls = [call for call in list(self.calls) if not call.done]
+        for call in calls:
+            call.finish(None, self.gone())
         self._ended.release()
+        if not self.stopping:
+            logger.error("the loop thread died with %d calls in flight", len(calls), exc_info=self.death)
+            if events.bus.emit is not None:
+                events.bus.emit(events.LoopRestarted(step="loop", waiting=len(calls), error=self.death))
 
     def __del__(self) -> None:
         # Not when the loop ends: a caller may be about to write to the descriptor, which by then could be a stranger's.
@@ -279,7 +292,7 @@ class ManagedLoop:
         call.ident = native.get_ident()
         call.started = time.monotonic()
         call.result = call.error = call.task = call.timer = call.work = call.why = None
-        call.began = call.done = call.left = False
+        call.began = call.done = call.left = call.sent = False
         try:
             call.lock = self._local.lock
         except AttributeError:
@@ -339,7 +352,7 @@ class ManagedLoop:
         self.calls.pop(call, None)
         if call.work:
             call.refuse_work()
-        if call.done:
+        if call.done or not call.sent:
             call.forget()
         else:  # the grace is over, or a second interrupt cut it short
             self.leave_orphan(call)
@@ -350,6 +363,7 @@ class ManagedLoop:
 
     def submit(self, call: Call) -> None:
         """Queue *call* and wake the loop. The caller looks after FIRST_WAIT whether it has begun."""
+        call.sent = True
         self._queue.append(call)
         if not self._armed:
             self._armed = True  # many callers share one ring
@@ -396,6 +410,7 @@ class ManagedLoop:
             return 0.0
         wait = LOOK_AGAIN
         if not call.began or (call.task is not None and call.task.done()):
+            self.start()  # in case a signal struck before it was started
             self.post(self._recover, call)
             wait = FIRST_WAIT * 5
         if call.deadline is not None:
@@ -417,6 +432,8 @@ class ManagedLoop:
         """
         if call.why is None:
             call.why = why
+        if not call.sent:
+            return None
         self.post(self.cancel, call)
         end = time.monotonic() + self.grace
         while not call.done:
@@ -550,6 +567,10 @@ class ManagedLoop:
             self._recover(call)
         else:
             call.cancel()
+
+
+def _start_named(target: Callable[[], object], name: str) -> None:
+    threading.Thread(target=target, name=name, daemon=True).start()
 
 
 def stop_all(loops: list[ManagedLoop], timeout: float, grace: float) -> None:

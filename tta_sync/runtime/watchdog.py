@@ -47,10 +47,6 @@ class Watchdog:
         self.parked = False
         self.lag = 0.0
 
-    def start(self) -> None:
-        """Begin to watch; the loop need not turn yet."""
-        self._loop._spawn(self._watch, "tta_sync-watchdog")
-
     def stop(self) -> None:
         """End the thread, soon. Any thread."""
         self._stopped = True
@@ -75,7 +71,8 @@ class Watchdog:
             self._cpu_clock = time.pthread_getcpuclockid(native.get_ident())
         self._answered = time.monotonic()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Watch until the loop is dead or this is stopped: the body of the watchdog's thread."""
         quiet = 0
         while not self._has_been_stopped():
             asked = time.monotonic()
