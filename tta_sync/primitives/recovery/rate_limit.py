@@ -74,6 +74,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
 
     Raises:
         RateLimitedError: the limit is reached, or the wait would be too long; ``retry_after`` is in seconds.
+        DeadlineExceededError: the call's deadline passed while it waited.
         ConfigurationError: an option makes no sense.
 
     Source: GCRA, ITU-T I.371; the choice of ``fail`` after Stripe's limiter.
@@ -193,11 +194,14 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
                 with self._lock:
                     now = clock.monotonic()
                     wait, arrival = decide(limit.arrival, now, self._interval, self._tolerance)
-                    if place.called and not wait:
+                    in_time = end is None or now + wait < end
+                    if place.called and not wait and in_time:
                         limit.arrival = arrival
                         return
-                if not place.called or (end is not None and now + wait >= end):
-                    raise self._refusal(wait, context)  # those before it were late
+                if not place.called or not in_time:  # those before it were late, or the loop was
+                    if context.deadline is not None and context.deadline.at <= now:
+                        context.deadline.raise_exceeded()
+                    raise self._refusal(wait, context)
                 await clock.sleep(wait)
         finally:
             with self._lock:
