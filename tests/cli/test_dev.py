@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,7 @@ def test_running_job_ends_first_when_the_group_gets_ctrl_c(start_run, processes,
     os.killpg(run.process.pid, signal.SIGINT)
     eventually(lambda: not processes.of(tmp_path / "data", "gunicorn"), what="gunicorn's end")
     assert run.process.poll() is None
+    assert not listens(run.url)  # nobody is taken in by a socket that will never be read
     (tmp_path / "go").touch()
     assert run.process.wait(60) == 0
     assert (tmp_path / "ended").exists()
@@ -75,6 +78,46 @@ def test_running_job_ends_first_when_the_group_gets_ctrl_c(start_run, processes,
 def _reconnect(job, tmp_path):
     job.connection = queue(tmp_path / "data").connection
     return job
+
+
+def test_work_in_flight_ends_when_the_group_gets_ctrl_c(start_run, checkout, processes, tmp_path, eventually):
+    """Ctrl-C is for the supervisor, which tells each child once: a request is answered, then a job ends.
+
+    The worker would take a second signal, a second after the first, as an order to kill its job.
+    """
+    (checkout / "wsgi.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        "def app(environ, start_response):\n"
+        f"    if environ['PATH_INFO'] == '/slow':\n"
+        f"        Path({str(tmp_path / 'asked')!r}).touch()\n"
+        f"        while not Path({str(tmp_path / 'answer')!r}).exists():\n"
+        "            time.sleep(0.01)\n"
+        "    start_response('200 OK', [('Content-Type', 'text/plain')])\n"
+        "    return [b'answered']\n"
+    )
+    run = start_run()
+    queue(tmp_path / "data").enqueue("jobs.tasks.work", str(tmp_path))
+    eventually((tmp_path / "begun").exists)
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(get, run.url + "/slow")
+        eventually((tmp_path / "asked").exists)
+        os.killpg(run.process.pid, signal.SIGINT)
+        late = time.monotonic() + 1.2
+        eventually(lambda: time.monotonic() > late)
+        (tmp_path / "answer").touch()
+        assert answer.result(30) == "answered"
+    eventually(lambda: not processes.of(tmp_path / "data", "gunicorn"), what="gunicorn's end")
+    (tmp_path / "go").touch()
+    assert run.process.wait(60) == 0
+    assert (tmp_path / "ended").exists()
+
+
+def listens(url):
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def test_second_signal_hurries_when_a_job_does_not_end(start_run, processes, tmp_path, eventually):
@@ -138,6 +181,21 @@ def test_children_end_when_the_supervisor_is_killed(start_run, processes, tmp_pa
     eventually(lambda: not keeper.is_locked(tmp_path / "data" / "redis" / "server.lock"), within=30)
 
 
+def test_running_job_is_recorded_when_the_supervisor_is_killed(start_run, processes, tmp_path, eventually):
+    """The worker of a killed supervisor finishes its job and records it, because Redis waits for it, too."""
+    run = start_run()
+    job = queue(tmp_path / "data").enqueue("jobs.tasks.work", str(tmp_path))
+    eventually((tmp_path / "begun").exists)
+    run.process.kill()
+    run.process.wait()
+    eventually(lambda: not processes.of(tmp_path / "data", "gunicorn"), what="gunicorn's end")
+    (tmp_path / "go").touch()
+    eventually(lambda: not processes.of(tmp_path / "data"), within=30, what="the children's end")
+    again = start_run()
+    assert _reconnect(job, tmp_path).get_status(refresh=True) == "finished"
+    assert again.stop() == 0
+
+
 def test_process_that_left_the_session_is_ended_when_the_service_stops(start_run, processes, tmp_path, eventually):
     """What a job started in a session of its own, and orphaned, is found by pid and ended with the rest."""
     run = start_run()
@@ -163,6 +221,16 @@ def test_two_runs_share_one_redis_when_they_share_the_data_directory(start_run, 
     assert second.stop() == 0
     assert not keeper.answers(*address)
     assert processes.of(tmp_path / "data") == {}
+
+
+def test_redis_is_untouched_when_ctrl_c_ends_the_run_that_started_it(start_run, tmp_path):
+    """Ctrl-C to the first run's process group is not for the Redis that the second one uses."""
+    first, second = start_run(), start_run()
+    pid = queue(tmp_path / "data").connection.info("server")["process_id"]
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.process.wait(60) == 0
+    assert queue(tmp_path / "data").connection.info("server")["process_id"] == pid
+    assert second.stop() == 0
 
 
 def test_redis_is_back_when_it_and_its_keeper_are_killed(start_run, processes, tmp_path, eventually):
