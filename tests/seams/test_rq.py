@@ -391,10 +391,10 @@ def test_worker_does_not_log_what_the_job_was_given(client: Redis, work: Work) -
     assert value(job) == {"length": 12}
 
 
-@pytest.mark.parametrize("deadline", [7, Deadline.after(7)])
+@pytest.mark.parametrize("deadline", [lambda: 7, lambda: Deadline.after(7)])
 def test_deadline_of_the_job_can_be_given(client: Redis, deadline: Any) -> None:
     """deadline= counts the time in the queue too; the job's own timeout still holds."""
-    (job,) = jobs.its_context.enqueue_many([None], deadline=deadline)
+    (job,) = jobs.its_context.enqueue_many([None], deadline=deadline())
     carried = context_of(job)
     assert carried.deadline is not None
     assert 0 < carried.deadline.remaining() <= 7

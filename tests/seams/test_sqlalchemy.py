@@ -1201,6 +1201,17 @@ def test_wait_for_a_connection_ends_at_the_deadline(url: str) -> None:
     engine.dispose()
 
 
+def test_pool_that_is_replaced_inside_a_step_keeps_its_own_wait(sqlite: sa.Engine) -> None:
+    """engine.dispose() while a step's limit holds does not make that limit the new pool's for ever."""
+
+    @session_step
+    def dispose(session: Session, data: Any) -> None:
+        sqlite.dispose()
+
+    unit_of_work(sqlite).run(run_sync, dispose, None, timeout=20)
+    assert sqlite.pool.timeout() == 30  # type: ignore[attr-defined]
+
+
 def test_pool_wait_is_the_pools_own_without_a_deadline(sqlite_url: str) -> None:
     """Without a deadline nothing changes: SQLAlchemy's own error after the pool's own time."""
     engine = prepared(create_engine(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=0.05))
