@@ -25,13 +25,18 @@ from tta_sync.primitives import TimeoutPrimitive
 from tta_sync.primitives.core.base import MISS
 from tta_sync.primitives.performance import CacheBackend, CachePrimitive, RedisBackend
 from tta_sync.primitives.performance.in_redis import RedisLayer
+from tta_sync.primitives.performance.wire import LIMIT
+from tta_sync.redis import endpoint
 
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A plain client beside the cache, to look at what is stored."""
+    """A plain client beside the cache, to look at what is stored; the cache is patient with this server."""
+    place = endpoint(redis_url)
+    place.bounds.limit = 10.0
     with redis.Redis.from_url(redis_url) as client:
         yield client
+    place.bounds.limit = LIMIT
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_every_kind_of_storage_shares_the_results_when_it_means_the_same_server(
     assert step.calls == 2
 
 
-def test_tta_devs_spelling_works_when_the_backend_is_redis(step: Any, redis_url: str, call: Any) -> None:
+def test_tta_devs_spelling_works_when_the_backend_is_redis(step: Any, client: Any, redis_url: str, call: Any) -> None:
     """CachePrimitive(primitive, cache_key_fn, ttl_seconds, backend) with RedisBackend(url)."""
     cache = CachePrimitive(step, lambda data, context: data["q"], 60.0, RedisBackend(redis_url), namespace="n")
     assert call(cache, {"q": 1, "noise": 1}) == call(cache, {"q": 1, "noise": 2})

@@ -19,7 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.performance.wire import Bounds, Endpoint, Link, Oversized, RedisDown, Refused, Wire, pack
+from tta_sync.primitives.performance.wire import (
+    LIMIT,
+    Bounds,
+    Endpoint,
+    Link,
+    Oversized,
+    RedisDown,
+    Refused,
+    Wire,
+    pack,
+)
 from tta_sync.redis import endpoint
 
 
@@ -180,24 +190,44 @@ def test_published_messages_are_told_from_replies_when_they_come_between() -> No
     asyncio.run(main())
 
 
+class MovableLoop(asyncio.SelectorEventLoop):
+    """A loop whose time the test can put forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+
 def test_everyone_is_told_when_the_oldest_command_has_waited_its_limit() -> None:
     """A server that is silent for the limit has lost the connection, with all that waits on it."""
 
     async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, MovableLoop)
+
+        async def pass_by(seconds: float) -> None:
+            loop.ahead += seconds
+            for _ in range(3):
+                await asyncio.sleep(0)
+
         lost: list[Exception] = []
-        connection = wire(lost, limit=0.05)
+        connection = wire(lost, limit=1000.0)
         first = connection.ask(("GET", "a"))
-        await asyncio.sleep(0.03)
+        await pass_by(600)
         connection.data_received(b"$1\r\na\r\n")
-        second = connection.ask(("GET", "b"))
-        await asyncio.sleep(0.03)
+        second, third = connection.ask(("GET", "b")), connection.ask(("GET", "c"))
+        await pass_by(600)
         assert first.result() == b"a"
         assert not second.done()  # the limit counts from its own beginning
-        with pytest.raises(RedisDown, match="did not answer in time"):
-            await second
+        await pass_by(600)
+        for silent in (second, third):
+            with pytest.raises(RedisDown, match="did not answer in time"):
+                silent.result()
         assert isinstance(lost[0], TimeoutError)
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=MovableLoop) as runner:
+        runner.run(main())
 
 
 # ---- real servers ----------------------------------------------------------------------------------------------------
@@ -210,15 +240,29 @@ def black_hole() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def link_to(url: str) -> Link:
-    return endpoint(url).link
+def link_to(url: str, limit: float | None = None) -> Link:
+    place = endpoint(url)
+    if limit is not None:
+        place.bounds.limit = limit
+    return place.link
 
 
-def test_commands_of_many_share_one_connection_when_they_ask_at_once(redis_url: str) -> None:
+@pytest.fixture
+def patient_url(redis_url: str) -> Iterator[str]:
+    """The session's Redis, with which tests that are not about time have patience."""
+    place = endpoint(redis_url)
+    place.bounds.limit = 10.0
+    yield redis_url
+    place.bounds.limit = LIMIT
+
+
+def test_commands_of_many_share_one_connection_when_they_ask_at_once(own_redis_server: Any) -> None:
     """A thousand concurrent commands need one connection, and each gets its own answer."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        place = endpoint(own_redis_server.url)
+        place.bounds.limit = 10.0  # this is not about time
+        link = place.link
         await asyncio.gather(*(link.ask("SET", f"k{index}", index) for index in range(1000)))
         values = await asyncio.gather(*(link.ask("GET", f"k{index}") for index in range(1000)))
         assert values == [b"%d" % index for index in range(1000)]
@@ -231,12 +275,12 @@ def test_commands_of_many_share_one_connection_when_they_ask_at_once(redis_url: 
     asyncio.run(main())
 
 
-def test_connection_is_closed_when_its_loop_ends(redis_url: str) -> None:
+def test_connection_is_closed_when_its_loop_ends(own_redis_server: Any) -> None:
     """The end of asyncio.run closes the connection; the next loop opens its own."""
-    place = endpoint(redis_url)
+    place = endpoint(own_redis_server.url)
     for _ in range(3):
         assert asyncio.run(_ask(place, "PING")) == b"PONG"
-    with redis.Redis.from_url(redis_url) as client:
+    with redis.Redis.from_url(own_redis_server.url) as client:
         give_up = time.monotonic() + 10
         while len(client.client_list()) > 1 and time.monotonic() < give_up:
             time.sleep(0.005)
@@ -282,11 +326,43 @@ def test_callers_are_told_at_once_when_the_server_refuses_connections(free_port:
     asyncio.run(main())
 
 
-def test_caller_with_little_time_leaves_early_and_harms_nobody(redis_url: str) -> None:
+def test_server_counts_as_down_when_it_closes_every_connection_at_once() -> None:
+    """A proxy without a server behind it accepts and hangs up: that is a refusal."""
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.01)
+        accepted: list[int] = []
+
+        def hang_up() -> None:
+            while not stop.is_set():
+                try:
+                    server.accept()[0].close()
+                    accepted.append(1)
+                except TimeoutError:
+                    continue
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+
+        async def main() -> None:
+            link = link_to(f"redis://127.0.0.1:{server.getsockname()[1]}")
+            with pytest.raises(RedisDown):
+                await link.ask("PING")
+            assert link.down
+
+        try:
+            asyncio.run(main())
+        finally:
+            stop.set()
+            thread.join()
+    assert accepted
+
+
+def test_caller_with_little_time_leaves_early_and_harms_nobody(patient_url: str) -> None:
     """A limit below the common one ends one caller's wait, not the connection."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        link = link_to(patient_url)
         await link.ask("PING")
         slow = asyncio.ensure_future(link.ask("DEBUG", "SLEEP", "0.04"))
         await asyncio.sleep(0)
@@ -346,13 +422,13 @@ async def _until_up(link: Link, *parts: Any) -> Any:
             await asyncio.sleep(0.01)
 
 
-def test_closed_connection_is_opened_again_when_the_server_is_up(redis_url: str) -> None:
+def test_closed_connection_is_opened_again_when_the_server_is_up(patient_url: str) -> None:
     """A connection that the server ended (CLIENT KILL, a time-out) is replaced without anybody noticing."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        link = link_to(patient_url)
         number = await link.ask("CLIENT", "ID")
-        with redis.Redis.from_url(redis_url) as client:
+        with redis.Redis.from_url(patient_url) as client:
             client.client_kill_filter(_id=str(number))
         while link.connected is not None:
             await asyncio.sleep(0.001)
@@ -362,15 +438,16 @@ def test_closed_connection_is_opened_again_when_the_server_is_up(redis_url: str)
     asyncio.run(main())
 
 
-def test_stalled_loop_is_not_taken_for_a_silent_server_when_it_goes_on(redis_url: str) -> None:
+def test_stalled_loop_is_not_taken_for_a_silent_server_when_it_goes_on(patient_url: str) -> None:
     """Code that blocks the loop for longer than the limit does not make Redis look dead."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        link = link_to(patient_url)
         await link.ask("PING")
+        endpoint(patient_url).bounds.limit = LIMIT
         question = asyncio.ensure_future(link.ask("PING"))
         await asyncio.sleep(0)
-        time.sleep(0.15)  # the user's fault, on purpose
+        time.sleep(0.5)  # the user's fault, on purpose
         assert await question == b"PONG"
         assert not link.down
 
@@ -390,11 +467,11 @@ def test_nothing_is_sent_when_a_message_is_posted_without_a_connection(free_port
     asyncio.run(main())
 
 
-def test_refusal_of_a_posted_message_is_nobodys_error(redis_url: str) -> None:
+def test_refusal_of_a_posted_message_is_nobodys_error(patient_url: str) -> None:
     """The answer to a post is dropped, whatever it is."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        link = link_to(patient_url)
         await link.ask("PING")
         link.post("NONSENSE")
         assert await link.ask("PING") == b"PONG"
@@ -420,20 +497,20 @@ def test_probing_ends_when_the_loop_does(free_port: Any) -> None:
     assert not [task for task in asyncio.all_tasks(link.loop) if not task.done()]
 
 
-def test_connecting_is_shared_when_many_ask_first(redis_url: str) -> None:
+def test_connecting_is_shared_when_many_ask_first(patient_url: str) -> None:
     """However many callers find no connection, one is opened."""
 
     async def main() -> None:
-        link = link_to(redis_url)
+        link = link_to(patient_url)
         numbers = await asyncio.gather(*(link.ask("CLIENT", "ID") for _ in range(50)))
         assert len(set(numbers)) == 1
 
     asyncio.run(main())
 
 
-def test_loops_on_two_threads_have_connections_of_their_own_when_they_ask_at_once(redis_url: str) -> None:
+def test_loops_on_two_threads_have_connections_of_their_own_when_they_ask_at_once(patient_url: str) -> None:
     """A connection belongs to the loop that opened it."""
-    place = endpoint(redis_url)
+    place = endpoint(patient_url)
     numbers: list[int] = []
     both = threading.Barrier(2)
 
@@ -455,13 +532,13 @@ def test_loops_on_two_threads_have_connections_of_their_own_when_they_ask_at_onc
 # ---- addresses -------------------------------------------------------------------------------------------------------
 
 
-def test_server_is_the_same_when_its_address_is_spelt_otherwise(redis_url: str) -> None:
+def test_server_is_the_same_when_its_address_is_spelt_otherwise(patient_url: str) -> None:
     """A sync client, an asynchronous one and a URL of one server share its connections."""
-    port = int(redis_url.rpartition(":")[2].partition("/")[0])
+    port = int(patient_url.rpartition(":")[2].partition("/")[0])
     kept = endpoint(redis.Redis(host="127.0.0.1", port=port, socket_timeout=1, decode_responses=True))
     assert endpoint(redis.asyncio.Redis(host="127.0.0.1", port=port)) is kept
     assert endpoint(redis.Redis(host="127.0.0.1", port=port, db=1)) is not kept
-    assert endpoint(redis_url).name == kept.name == f"Redis at 127.0.0.1:{port}"
+    assert endpoint(patient_url).name == kept.name == f"Redis at 127.0.0.1:{port}"
 
 
 def test_database_name_and_password_are_used_when_the_client_has_them(own_redis_server: Any) -> None:

@@ -82,10 +82,10 @@ class Wire(asyncio.Protocol):
         self._chunks: list[bytes] = []  # what arrived since, while a long reply is not complete
         self._missing = 0
         self._bounds = bounds
-        self._limit = bounds.limit
         self._watch: asyncio.TimerHandle | None = None
         self._lost: Callable[[Wire, Exception], None] | None = lost
         self._on_push = on_push
+        self.answered = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -102,14 +102,14 @@ class Wire(asyncio.Protocol):
         self._waiting.append((future, now))
         self._transport.write(pack(parts))
         if self._watch is None:
-            self._watch = self._loop.call_at(now + self._limit, self._check)
+            self._watch = self._loop.call_at(now + self._bounds.limit, self._check)
         return future
 
     def _check(self) -> None:
         """Give the connection up where the oldest command has waited its limit."""
         self._watch = None
         if self._waiting:
-            due = self._waiting[0][1] + self._limit
+            due = self._waiting[0][1] + self._bounds.limit
             if self._loop.time() >= due - 0.001:
                 self.fail(TimeoutError("the server did not answer in time"))
             else:
@@ -158,6 +158,7 @@ class Wire(asyncio.Protocol):
             self._missing = max(0, self._missing - len(buffer))
         except (Oversized, ValueError) as error:
             self._buffer = b""
+            self.answered = self.answered or isinstance(error, Oversized)
             self.fail(error)
         else:
             self._buffer = b""
@@ -169,6 +170,7 @@ class Wire(asyncio.Protocol):
         if not self._waiting:
             raise ValueError("a reply that nobody asked for")
         future, _ = self._waiting.popleft()
+        self.answered = True
         if future.done():
             return  # the caller has left
         if isinstance(reply, Refused):
@@ -224,7 +226,6 @@ class Link:
         self.loop = asyncio.get_running_loop()
         self._dial = dial
         self._bounds = bounds
-        self._limit = bounds.limit
         self._on_push = on_push
         self._wire: Wire | None = None
         self._opening: asyncio.Task[Wire] | None = None
@@ -249,12 +250,12 @@ class Link:
             Oversized: the reply is too large.
         """
         wire = self._wire
-        if wire is not None and (limit is None or limit >= self._limit):
+        if wire is not None and (limit is None or limit >= self._bounds.limit):
             return await wire.ask(parts)  # the wire itself keeps the common limit
         if self._probing is not None and not force:
             raise RedisDown(self.reason)
         try:
-            async with asyncio.timeout(self._limit if limit is None else limit):
+            async with asyncio.timeout(self._bounds.limit if limit is None else limit):
                 if wire is None:
                     wire = await self._open()
                 return await wire.ask(parts)
@@ -286,7 +287,7 @@ class Link:
         if self._closer is None:
             self._closer = self._close_with_loop()
             await anext(self._closer)
-        async with asyncio.timeout(self._limit if self._probing is None else _PROBE_LIMIT):
+        async with asyncio.timeout(self._bounds.limit if self._probing is None else _PROBE_LIMIT):
             return await self._dial(lambda: Wire(self._bounds, self._lost, self._on_push))
 
     def _opened(self, task: asyncio.Task[Wire]) -> None:
@@ -302,11 +303,11 @@ class Link:
             self._wire = task.result()
 
     def _lost(self, wire: Wire, error: Exception) -> None:
-        """Hear from a wire that it is gone: at a timeout the server is down, else the next caller dials again."""
+        """Hear from a wire that it is gone: the next caller dials again, unless it timed out or never said a word."""
         if wire is not self._wire:
             return
         self._wire = None
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) or not wire.answered:
             self.go_down(error)
         else:
             self.on_change()
@@ -405,12 +406,20 @@ class Listener:
             self._again = self._link.loop.create_task(self._return(), name="tta_sync redis subscriptions")
 
     async def _return(self) -> None:
+        """Subscribe again until it stands, or until the link is down: then it will tell of a change."""
+        pause, longest = _PROBE_PAUSE
         try:
-            self._channels = {channel: hearers for channel, hearers in self._channels.items() if hearers}
-            if self._channels:
-                await self._subscribe_all()
-        except RedisDown:
-            pass  # the link knocks, and tells of a change
+            while self._heard_on is None or self._heard_on is not self._link.connected:
+                self._channels = {channel: hearers for channel, hearers in self._channels.items() if hearers}
+                if not self._channels:
+                    return
+                try:
+                    await self._subscribe_all()
+                except RedisDown:
+                    if self._link.down:
+                        return
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, longest)
         finally:
             self._again = None
 
