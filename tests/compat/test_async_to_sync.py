@@ -332,7 +332,7 @@ def test_queued_work_finds_the_outer_caller_when_the_inner_was_interrupted(facad
     assert facade.async_to_sync(outer)() == here()
 
 
-def test_an_error_like_ours_comes_through_when_the_code_itself_raised_it(facade: SyncFacade) -> None:
+def test_an_error_like_ours_is_the_codes_own_when_that_has_run(facade: SyncFacade) -> None:
     """A function that raises NoCallerError has run, and is not taken to another caller."""
     ran: list[int] = []
 
@@ -899,6 +899,80 @@ def test_work_that_waits_its_turn_is_refused_when_the_call_is_interrupted(facade
     with pytest.raises(Interrupt):
         facade.async_to_sync(ask)()
     assert ran == []
+
+
+def test_left_over_work_is_told_that_its_caller_has_gone_when_the_call_is_interrupted(facade: SyncFacade) -> None:
+    """Work of a task that nobody cancels, and of a foreign loop, is not left waiting; cancelled work is forgotten."""
+    refused: list[type[BaseException]] = []
+    told, foreign_told, hold = threading.Event(), threading.Event(), threading.Event()
+
+    def strike() -> None:
+        hold.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    async def note(event: threading.Event) -> None:
+        try:
+            await on_caller()
+        except RuntimeError as error:
+            refused.append(type(error))
+        event.set()
+
+    async def foreign() -> None:
+        forgotten = asyncio.create_task(on_caller())
+        noted = asyncio.create_task(note(foreign_told))
+        await asyncio.sleep(0)
+        forgotten.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await forgotten
+        hold.set()
+        await noted
+
+    async def ask() -> None:
+        struck = sync_to_async(strike)()
+        kept.append(asyncio.create_task(note(told)))
+        kept.append(asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign())))
+        await struck
+
+    kept: list[asyncio.Task[None]] = []
+    with pytest.raises(KeyboardInterrupt):
+        facade.async_to_sync(ask)()
+    assert told.wait(PATIENCE)
+    assert foreign_told.wait(PATIENCE)
+    assert refused == [NoCallerError, NoCallerError]
+
+
+def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() -> None:
+    """What a foreign loop posts to a blocked loop is refused once that goes on, if the caller's deadline has passed."""
+    refused: list[type[BaseException]] = []
+    ready, go, told = threading.Event(), threading.Event(), threading.Event()
+
+    async def foreign() -> None:
+        ready.set()
+        go.wait(PATIENCE)
+        try:
+            await on_caller()
+        except RuntimeError as error:
+            refused.append(type(error))
+        told.set()
+
+    async def block() -> None:
+        below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
+        await asyncio.to_thread(ready.wait, PATIENCE)
+        go.set()
+        left.wait(PATIENCE)  # the loop stands still
+        await asyncio.shield(below)
+
+    left = threading.Event()
+    facade = SyncFacade(default_timeout=0.2, grace=0.05)
+    try:
+        with pytest.raises(DeadlineExceededError):
+            facade.async_to_sync(block)()
+        left.set()
+        assert told.wait(PATIENCE)
+        assert refused == [NoCallerError]
+    finally:
+        left.set()
+        facade.shutdown(1.0)
 
 
 # ---------------------------------------------------------------------------------------------- as every other call
