@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tta_sync.clock import Timer
+from tta_sync.context import running_context
 from tta_sync.exceptions import NoCallerError
 
 T = TypeVar("T")
@@ -140,6 +141,10 @@ class Call:
         """Cancel what runs. Loop thread only."""
         # A task that is cancelled before its first step never enters its coroutine; that step sees `why` instead.
         if self.began and self.task is not None:
+            if self.why is DEADLINE:
+                context = self.context.get(running_context)
+                if context is not None and context.deadline is not None and context.deadline.at == self.deadline:
+                    context.deadline.struck = True  # a breaker inside will ask why it was cancelled
             self.task.cancel()
 
     def finish(self, result: Any, error: BaseException | None) -> None:
