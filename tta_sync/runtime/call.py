@@ -141,7 +141,7 @@ class Call:
         """Cancel what runs. Loop thread only."""
         # A task that is cancelled before its first step never enters its coroutine; that step sees `why` instead.
         if self.began and self.task is not None:
-            if self.why is DEADLINE:
+            if self.why is DEADLINE and self.context is not None:
                 context = self.context.get(running_context)
                 if context is not None and context.deadline is not None and context.deadline.at == self.deadline:
                     context.deadline.struck = True  # a breaker inside will ask why it was cancelled
