@@ -1,0 +1,468 @@
+"""What is raised in the wait: the coroutine is cancelled and has cleaned up before that very exception comes out."""
+
+import asyncio
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+from rq.timeouts import JobTimeoutException, TimerDeathPenalty, UnixSignalDeathPenalty
+
+from tta_sync import run_on_caller
+from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.facade import register_interrupt
+from tta_sync.runtime import call as call_module
+
+
+class Alarm(Exception):
+    """A signal's exception that is an ordinary Exception, as RQ's is."""
+
+
+INTERRUPTIONS = [KeyboardInterrupt("Ctrl-C"), SystemExit(7), GeneratorExit(), Alarm("a handler's own")]
+
+
+def sleeper(send, cleaned, clean_up=0.0):
+    """A coroutine function that sends the interrupt once it is inside, waits, and takes its time to clean up."""
+
+    async def sleeps():
+        send()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(clean_up)
+            cleaned.append(threading.get_ident())
+
+    return sleeps
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_original_comes_out_after_clean_up_when_raised_in_the_wait(facade, interrupt, works, error, timeout):
+    """Whatever a signal raises in the wait comes out itself, after the coroutine was cancelled and has cleaned up."""
+    cleaned = []
+    with pytest.raises(type(error)) as caught:
+        facade.call_sync(sleeper(lambda: interrupt(error), cleaned, clean_up=0.05), timeout=timeout)
+    assert caught.value is error
+    assert len(cleaned) == 1  # before it came out, on the loop's thread
+    assert cleaned[0] != threading.get_ident()
+    assert facade.in_flight() == []
+    assert facade.stats().orphans == 0
+    works(facade)
+
+
+def test_keyboard_interrupt_comes_out_when_ctrl_c_is_pressed(facade, works):
+    """SIGINT with Python's own handler, as Ctrl-C sends it."""
+    cleaned = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            facade.call_sync(sleeper(lambda: os.kill(os.getpid(), signal.SIGINT), cleaned))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(cleaned) == 1
+    works(facade)
+
+
+def test_jobs_timeout_comes_out_when_rqs_death_penalty_strikes(facade, alarms, works):
+    """RQ's JobTimeoutException, raised by its own SIGALRM penalty after 1 s, cancels the coroutine and comes out."""
+    cleaned = []
+    with pytest.raises(JobTimeoutException), UnixSignalDeathPenalty(1, JobTimeoutException, job_id="job"):
+        facade.call_sync(sleeper(lambda: None, cleaned, clean_up=0.05))
+    assert len(cleaned) == 1
+    assert facade.stats().orphans == 0
+    works(facade)
+
+
+def test_jobs_timeout_comes_out_when_it_strikes_inside_a_caller_step(facade, alarms, monkeypatch, works):
+    """RQ's exception is an Exception: registered as an interrupt, it ends the call even from inside a caller step."""
+    monkeypatch.setattr(call_module, "INTERRUPTS", call_module.INTERRUPTS)
+    register_interrupt(JobTimeoutException)
+    seen = []
+
+    async def outer():
+        try:
+            await run_on_caller(time.sleep, 60)
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+
+    with pytest.raises(JobTimeoutException), UnixSignalDeathPenalty(1, JobTimeoutException, job_id="job"):
+        facade.call_sync(outer)
+    assert seen == [asyncio.CancelledError]
+    works(facade)
+
+
+def test_deadline_ends_the_call_when_rqs_timer_penalty_cannot(facade, in_thread, works):
+    """Off the main thread no penalty interrupts a wait: the call's own deadline, enforced on the loop, does."""
+    cleaned = []
+
+    def job():
+        with TimerDeathPenalty(30, JobTimeoutException, job_id="job"):
+            facade.call_sync(sleeper(lambda: None, cleaned), timeout=0.05)
+
+    with pytest.raises(DeadlineExceededError):
+        in_thread(job).result(20)
+    assert len(cleaned) == 1
+    works(facade)
+
+
+# ---------------------------------------------------------------------------------------------- the bounded grace
+
+
+def stubborn_until(release, inside=lambda: None):
+    async def stubborn():
+        inside()
+        while not release.is_set():
+            try:
+                await asyncio.sleep(0.005)
+            except asyncio.CancelledError:
+                pass
+
+    return stubborn
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+def test_orphan_is_counted_named_and_logged_when_the_cancel_is_swallowed(
+    make_facade, interrupt, eventually, caplog, workflow_events, works, error
+):
+    """A coroutine that swallows the cancel holds the caller no longer than the grace, and is not left silently."""
+    facade = make_facade(grace=0.2)
+    release = threading.Event()
+    stubborn = stubborn_until(release, lambda: interrupt(error))
+    before = time.monotonic()
+    with pytest.raises(type(error)) as caught:
+        facade.call_sync(stubborn)
+    took = time.monotonic() - before
+    assert caught.value is error
+    assert 0.15 < took < 5
+    assert facade.stats().orphans == 1
+    assert [(record.name, record.state) for record in facade.in_flight()] == [(stubborn.__qualname__, "orphaned")]
+
+    (record,) = [record for record in caplog.records if record.name == "tta_sync"]
+    assert record.levelname == "WARNING"
+    line = re.search(re.escape(__file__) + r":(\d+) in (\S+)", record.getMessage())
+    assert line is not None, record.getMessage()
+    assert line[2].endswith("stubborn")
+    assert 0 <= int(line[1]) - stubborn.__code__.co_firstlineno <= 6
+    assert stubborn.__qualname__ in record.getMessage()
+    assert [event.step for event in workflow_events if type(event).__name__ == "CallOrphaned"] == [
+        stubborn.__qualname__
+    ]
+
+    works(facade)
+    release.set()
+    eventually(lambda: facade.in_flight() == [], what="the orphan's end")
+    assert facade.stats().orphans == 1
+
+
+def test_grace_is_one_second_when_nothing_else_is_said(facade, interrupt):
+    """The default grace is 1 s: the clean-up of a coroutine that takes half of it is waited for."""
+    cleaned = []
+    with pytest.raises(Alarm):
+        facade.call_sync(sleeper(lambda: interrupt(Alarm()), cleaned, clean_up=0.5))
+    assert len(cleaned) == 1
+    assert facade.grace == 1.0
+
+
+def test_clean_up_that_raises_does_not_hide_the_interrupt_when_it_fails(facade, interrupt, works):
+    """The signal's exception survives a clean-up that raises its own."""
+
+    async def fails():
+        interrupt(error)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise ValueError("the clean-up failed")
+
+    error = Alarm()
+    with pytest.raises(Alarm) as caught:
+        facade.call_sync(fails)
+    assert caught.value is error
+    works(facade)
+
+
+def test_result_does_not_hide_the_interrupt_when_the_coroutine_returns_one(facade, interrupt, works):
+    """A coroutine that answers its cancellation with a result does not turn the interrupt into one."""
+
+    async def answers():
+        interrupt(Alarm())
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            return 42
+
+    with pytest.raises(Alarm):
+        facade.call_sync(answers)
+    works(facade)
+
+
+def test_second_interrupt_ends_the_grace_when_it_comes_during_it(make_facade, interrupt, eventually, works):
+    """A second interrupt during a long grace comes out at once; what then goes on is an orphan, counted."""
+    facade = make_facade(grace=60.0)
+    release, first, second = threading.Event(), Alarm("first"), Alarm("second")
+    told = []
+
+    async def stubborn():
+        interrupt(first)
+        while not release.is_set():
+            try:
+                await asyncio.sleep(0.005)
+            except asyncio.CancelledError:
+                if not told:
+                    told.append(1)
+                    interrupt(second)
+
+    before = time.monotonic()
+    with pytest.raises(Alarm) as caught:
+        facade.call_sync(stubborn)
+    assert caught.value is second
+    assert caught.value.__context__ is first
+    assert time.monotonic() - before < 20
+    assert facade.stats().orphans == 1
+    assert [record.state for record in facade.in_flight()] == ["orphaned"]
+    works(facade)
+    release.set()
+    eventually(lambda: facade.in_flight() == [])
+
+
+def test_queued_call_never_begins_when_its_caller_is_interrupted(facade, interrupt, in_thread, works):
+    """A call that the interrupt meets in the queue, behind a blocked loop, is given up and never begun."""
+    inside, release, begun = threading.Event(), threading.Event(), []
+
+    async def block():
+        inside.set()
+        release.wait(20)
+
+    async def late():
+        begun.append(1)
+
+    blocking = in_thread(facade.call_sync, block)
+    assert inside.wait(20)
+
+    def strike():
+        while not any(record.state == "queued" for record in facade.in_flight()):
+            time.sleep(0.001)
+        interrupt(Alarm())
+        time.sleep(0.05)
+        release.set()
+
+    striking = in_thread(strike)
+    with pytest.raises(Alarm):
+        facade.call_sync(late)
+    striking.result(20)
+    blocking.result(20)
+    works(facade)
+    assert begun == []
+
+
+# ------------------------------------------------------------------------------------------- inside a caller step
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS[:3], ids=lambda error: type(error).__name__)
+def test_call_ends_when_an_interrupt_lands_inside_a_caller_step(facade, works, error):
+    """An interrupt inside user code on the caller's thread ends the call; the step only learns of a cancellation."""
+    seen = []
+
+    def step():
+        raise error
+
+    async def outer():
+        try:
+            await run_on_caller(step)
+        except BaseException as met:
+            seen.append(type(met))
+            raise
+
+    with pytest.raises(type(error)) as caught:
+        facade.call_sync(outer)
+    assert caught.value is error
+    assert seen == [asyncio.CancelledError]
+    works(facade)
+
+
+def test_registered_type_ends_the_call_when_it_lands_inside_a_caller_step(facade, interrupt, monkeypatch, works):
+    """A registered type is an interrupt although it is an Exception; one that is not is the step's own error."""
+    monkeypatch.setattr(call_module, "INTERRUPTS", call_module.INTERRUPTS)
+    seen = []
+
+    def step():
+        interrupt(Alarm())
+        time.sleep(20)
+
+    async def outer():
+        try:
+            await run_on_caller(step)
+        except Exception as met:
+            seen.append(type(met))
+            return "went on"
+
+    assert facade.call_sync(outer) == "went on"
+    assert seen == [Alarm]
+    register_interrupt(Alarm)
+    with pytest.raises(Alarm):
+        facade.call_sync(outer)
+    assert seen == [Alarm]
+    works(facade)
+
+
+def test_both_calls_are_cleaned_up_when_an_interrupt_meets_a_nested_one(facade, interrupt, works):
+    """An interrupt in a call inside a caller step inside a call: both coroutines clean up, and it comes out itself."""
+    cleaned, error = [], KeyboardInterrupt()
+
+    async def inner():
+        interrupt(error)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cleaned.append("inner")
+
+    async def outer():
+        try:
+            await run_on_caller(facade.call_sync, inner)
+        finally:
+            await asyncio.sleep(0.01)
+            cleaned.append("outer")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        facade.call_sync(outer)
+    assert caught.value is error
+    assert cleaned == ["inner", "outer"]
+    works(facade)
+
+
+def test_waiting_steps_never_start_when_the_caller_was_interrupted(facade, works):
+    """No user code runs on the caller's thread after it was told to stop: steps in its queue are refused."""
+    started = []
+
+    def strike():
+        raise KeyboardInterrupt
+
+    async def outer():
+        await asyncio.gather(*(run_on_caller(fn) for fn in (strike, lambda: started.append(1))))
+
+    with pytest.raises(KeyboardInterrupt):
+        facade.call_sync(outer)
+    works(facade)
+    assert started == []
+
+
+# ------------------------------------------------------------------------------------------------ a storm of them
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_facade_is_usable_when_a_storm_of_signals_is_over(run_program, timeout):
+    """2,700 signals a second for 2 s, each raising in the wait: afterwards nothing runs, and calls are answered."""
+    ended = run_program(
+        f"""
+        import logging
+        logging.getLogger("tta_sync").addHandler(logging.NullHandler())
+        facade = SyncFacade(**OPTIONS, max_in_flight=3)
+        class Storm(Exception): pass
+        armed = running = 0
+        def handler(*_):
+            if armed: raise Storm
+        async def work(seconds):
+            global running
+            running += 1
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                running -= 1
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 1 / 2700, 1 / 2700)
+        end = time.monotonic() + 2
+        done = interrupted = refused = 0
+        while time.monotonic() < end:
+            try:
+                armed = 1
+                try:
+                    facade.call_sync(work, 0 if interrupted % 2 else 0.003, timeout={timeout})
+                    done += 1
+                finally:
+                    armed = 0
+            except Storm:
+                armed = 0
+                interrupted += 1
+            except SaturatedError:
+                refused += 1
+                time.sleep(0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert interrupted > 100, (done, interrupted, refused)
+        until(lambda: not facade.in_flight() and not running)
+        for number in range(200):
+            assert facade.call_sync(answer, number, timeout=20) == number
+        barrier = threading.Barrier(3)
+        async def meet():
+            await asyncio.to_thread(barrier.wait, 20)
+        threads = [threading.Thread(target=facade.call_sync, args=(meet,)) for _ in range(3)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        assert not barrier.broken  # no place of the three was lost
+        assert sum(thread.name.startswith("tta_sync-loop") for thread in threading.enumerate()) <= 1
+        say("usable")
+        last()
+        """,
+        quiet=False,
+    )
+    assert ended.said == ["usable"]
+
+
+def test_first_call_of_facades_is_usable_when_a_storm_of_signals_meets_it(run_program):
+    """The same while facades are made, started and shut down: none is wedged, no loop thread is left without owner."""
+    ended = run_program(
+        """
+        import logging
+        logging.getLogger("tta_sync").addHandler(logging.NullHandler())
+        class Storm(Exception): pass
+        armed = 0
+        def handler(*_):
+            if armed: raise Storm
+        signal.signal(signal.SIGALRM, handler)
+        end = time.monotonic() + 2
+        rounds = interrupted = 0
+        while time.monotonic() < end:
+            one = SyncFacade(**OPTIONS)
+            signal.setitimer(signal.ITIMER_REAL, 1 / 2700, 1 / 2700)
+            for _ in range(4):
+                try:
+                    armed = 1
+                    try:
+                        one.call_sync(answer)
+                    finally:
+                        armed = 0
+                except Storm:
+                    armed = 0
+                    interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert one.call_sync(answer, timeout=20) == 42
+            one.shutdown()
+            rounds += 1
+        assert interrupted > 20, (rounds, interrupted)
+        until(lambda: not any("tta_sync-" in thread.name for thread in threading.enumerate()))
+        say("usable")
+        last()
+        """,
+        quiet=False,
+    )
+    assert ended.said == ["usable"]
+
+
+def test_call_is_answered_when_a_signal_ate_the_wake_up(facade, monkeypatch, works):
+    """A signal between arming and ringing leaves the flag armed and the bell silent: the next call looks for itself."""
+    works(facade)
+    loop = facade._loop
+    real, eaten = loop._ring, []
+
+    def ring():
+        if not eaten:
+            eaten.append(1)
+            raise Alarm
+        real()
+
+    monkeypatch.setattr(loop, "_ring", ring)
+    with pytest.raises(Alarm):
+        facade.call_sync(asyncio.sleep, 0)
+    loop._armed = True
+    works(facade)
