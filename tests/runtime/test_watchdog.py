@@ -1,0 +1,148 @@
+"""Code that blocks the loop is reported while it does; a loop that only waits for its turn is not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from tta_sync import events
+from tta_sync.facade import SyncFacade
+
+
+@pytest.fixture
+def stalls() -> Iterator[list[tuple[float, events.LoopStalled]]]:
+    """The stalls that were reported, each with the moment at which it was."""
+    seen: list[tuple[float, events.LoopStalled]] = []
+
+    def hook(event: events.Event) -> None:
+        if isinstance(event, events.LoopStalled):
+            seen.append((time.monotonic(), event))
+
+    unsubscribe = events.bus.subscribe(hook)
+    yield seen
+    unsubscribe()
+
+
+def spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(100))
+
+
+@pytest.mark.parametrize("block", [time.sleep, spin], ids=["sleeps", "computes"])
+def test_blocking_call_is_reported_while_it_lasts(
+    facade: SyncFacade,
+    stalls: list[tuple[float, events.LoopStalled]],
+    caplog: pytest.LogCaptureFixture,
+    in_thread: Callable[..., Future[Any]],
+    block: Callable[[float], None],
+) -> None:
+    """The report names task, file, line, function and how many wait, and comes before the block has ended."""
+    marks: dict[str, float] = {}
+
+    async def blocker() -> None:
+        await asyncio.sleep(0.05)
+        marks["begin"] = time.monotonic()
+        block(1.0)
+        marks["end"] = time.monotonic()
+
+    with caplog.at_level(logging.WARNING, "tta_sync"):
+        waiting = in_thread(facade.call_sync, asyncio.sleep, 0.3)
+        facade.call_sync(blocker)
+        waiting.result(10)
+    (when, stall), *more = stalls
+    assert not more
+    assert marks["begin"] < when < marks["end"]
+    assert "blocker" in stall.step
+    assert stall.where.startswith(f"{__file__}:")
+    assert stall.waiting == 2
+    assert stall.seconds < 1.0
+    (record,) = [record for record in caplog.records if "blocked" in record.message]
+    assert stall.where in record.message
+    assert "blocker" in record.message
+    line = int(stall.where.removeprefix(f"{__file__}:").split()[0])
+    with open(__file__) as source:
+        assert "block(1.0)" in source.readlines()[line - 1] or "spin" in stall.where
+
+
+def test_report_names_the_users_line_when_the_block_is_deep_in_a_library(
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+) -> None:
+    """The innermost frame of the user's own code is named, not the library's."""
+
+    async def blocker() -> None:
+        threading.Event().wait(0.6)
+
+    facade.call_sync(blocker)
+    assert [stall.where.split(" in ")[1] for _, stall in stalls] == [
+        "test_report_names_the_users_line_when_the_block_is_deep_in_a_library.<locals>.blocker"
+    ]
+
+
+def test_nothing_is_reported_when_a_thread_beside_computes(
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+) -> None:
+    """A CPU-bound thread that takes the interpreter's lock away is not the loop's fault."""
+    stop = threading.Event()
+
+    def hog() -> None:
+        while not stop.is_set():
+            sum(range(100))
+
+    async def busy_a_little() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+
+    thread = threading.Thread(target=hog)
+    thread.start()
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            facade.call_sync(busy_a_little)
+    finally:
+        stop.set()
+        thread.join()
+    assert stalls == []
+
+
+def test_nothing_is_reported_when_calls_only_wait(
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+) -> None:
+    """A loop that sleeps in its selector is well."""
+    facade.call_sync(asyncio.sleep, 0.6)
+    assert stalls == []
+    assert facade.stats().loop_lag < 0.3
+
+
+def test_watchdog_parks_when_nothing_happens_and_wakes_with_the_next_call(
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+) -> None:
+    """An idle process is not woken every 50 ms; the watch goes on with the next call."""
+
+    async def blocker() -> None:
+        time.sleep(0.5)  # on purpose: it blocks the loop
+
+    facade.call_sync(asyncio.sleep, 0)
+    loop = facade._loop
+    assert loop is not None
+    give_up = time.monotonic() + 20
+    while not loop.watchdog.parked:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    facade.call_sync(blocker)
+    assert len(stalls) == 1
+
+
+def test_watching_costs_less_than_a_hundredth_of_a_core(facade: SyncFacade) -> None:
+    """Two seconds with a call in flight use next to no processor time."""
+    facade.call_sync(asyncio.sleep, 0)
+    before = time.process_time()
+    facade.call_sync(asyncio.sleep, 2)
+    assert time.process_time() - before < 0.1  # 1 % would be 0.02; a loaded machine gets slack
