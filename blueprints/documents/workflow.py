@@ -15,7 +15,7 @@ from blueprints.documents.schemas import ProcessRequestSchema
 from blueprints.documents.store import save_document
 from blueprints.settings import Settings
 from tta_sync import WorkflowContext, step, thread_step
-from tta_sync.exceptions import CircuitOpenError, StepTimeoutError
+from tta_sync.exceptions import StepTimeoutError
 from tta_sync.marshmallow import load_step
 from tta_sync.primitives import (
     CachePrimitive,
@@ -97,12 +97,8 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
             expected_exception=(*RETRIED, MalformedAnswerError, StepTimeoutError),
         ),
     )
-    retry = RetryPrimitive(
-        breaker,
-        max_retries=MAX_RETRIES,
-        retry_on=(*RETRIED, StepTimeoutError),
-        give_up_on=CircuitOpenError,  # waiting for a probe would make every request wait; the local summary need not
-    )
+    # An open circuit is not waited for: the local summary answers at once.
+    retry = RetryPrimitive(breaker, max_retries=MAX_RETRIES, retry_on=(*RETRIED, StepTimeoutError))
     whole = TimeoutPrimitive(retry, timeout_seconds=settings.provider_timeout)
     return CachePrimitive(
         whole,
@@ -159,4 +155,4 @@ async def tell_hits(answer: Answer, context: WorkflowContext) -> Answer:
     if answer["degraded"]:
         logger.warning("the local summary answered for the provider, correlation id %s", context.correlation_id)
     hit = context.state.get("cache_hits", 0) > context.state[_HITS]
-    return {**answer, "cached": hit and not answer["degraded"]}
+    return {**answer, "cached": hit}

@@ -128,6 +128,18 @@ def test_item_of_a_cancelled_batch_is_not_claimed(database: Database) -> None:
     assert change(database, read_batch, batch_id)["done"] == 1
 
 
+def test_item_given_back_while_its_batch_is_called_off_is_not_claimed(database: Database) -> None:
+    """A sweep that read the item before the batch was called off cannot bring it back to life."""
+    batch_id, (item_id,) = record(database, "a")
+    change(database, claim_item, item_id, "dead", NOW)
+    (seen,) = change(database, open_items, "", 10)
+    change(database, cancel_batch, batch_id, NOW)
+    assert change(database, take_to_enqueue, seen, datetime.now(UTC), recovery=True) is True
+    assert change(database, claim_item, item_id, "me", NOW) is None
+    (seen,) = change(database, open_items, "", 10)
+    assert seen.cancelled
+
+
 def test_lost_item_is_taken_once_when_several_sweep(database: Database) -> None:
     """Of those who saw the same lost item only one takes it on, and a recovery is counted."""
     _, (item_id,) = record(database, "a")

@@ -18,14 +18,14 @@ MakeClient = Callable[..., FlaskClient]
 
 TEXT = "The bridge carries async work. Callers stay synchronous."
 MODEL = "test-model"
-# The provider as a whole then has 1 s, an attempt 0.25 s: three attempts and their back-off fit.
-QUICK = {"TTA_DEADLINE": 4, "TTA_LLM_TIMEOUT": 0.25}
+# For a provider that hangs: as a whole it then has 3 s, an attempt 0.5 s; three attempts and their back-off fit.
+QUICK = {"TTA_DEADLINE": 6, "TTA_LLM_TIMEOUT": 0.5}
 
 
 @pytest.fixture
 def client(llm: LLMServer, make_client: MakeClient) -> FlaskClient:
     """A service whose provider is the loopback one."""
-    return make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_API_KEY="the-key", TTA_LLM_MODEL=MODEL, **QUICK)
+    return make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_API_KEY="the-key", TTA_LLM_MODEL=MODEL)
 
 
 def process(client: FlaskClient, text: str = TEXT, **more: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_connection_is_kept_when_several_requests_are_made(client: FlaskClient, 
 
 def test_no_key_is_sent_when_none_is_set(llm: LLMServer, make_client: MakeClient) -> None:
     """Without TTA_LLM_API_KEY there is no Authorization header; a base URL may end with a slash."""
-    client = make_client(TTA_LLM_BASE_URL=llm.base_url + "/", TTA_LLM_MODEL=MODEL, **QUICK)
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url + "/", TTA_LLM_MODEL=MODEL)
     assert_provider(process(client))
     assert "Authorization" not in llm.requests[0]["headers"]
     assert llm.requests[0]["path"] == "/v1/chat/completions"
@@ -110,7 +110,7 @@ def test_shells_proxy_is_not_used_when_the_provider_is_asked(
     """A proxy variable of the shell sends no document elsewhere."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
-    assert_provider(process(make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL, **QUICK)))
+    assert_provider(process(make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL)))
 
 
 # ---- no summary asked for, no provider set
@@ -134,7 +134,7 @@ def test_local_summary_is_not_degraded_when_no_provider_is_set(make_client: Make
 
 def test_model_may_be_called_local_when_a_provider_is_set(llm: LLMServer, make_client: MakeClient) -> None:
     """Whether the summary is degraded does not hang on the model's name."""
-    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL="local", **QUICK)
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL="local")
     answer = process(client)
     assert (answer["summary"], answer["provider"], answer["degraded"]) == (SUMMARY, "local", False)
     assert process(client)["cached"]
@@ -151,8 +151,6 @@ def test_model_may_be_called_local_when_a_provider_is_set(llm: LLMServer, make_c
         ("unavailable", 3),
         ("closed", 3),
         ("truncated", 3),
-        ("slow", 3),
-        ("drip", 3),
         ("refused", 1),
         ("redirect", 1),
         ("garbage", 1),
@@ -175,15 +173,28 @@ def test_local_summary_answers_in_time_when_the_provider_fails(
     llm.mode = mode
     began = time.monotonic()
     assert_local(process(client))
-    assert time.monotonic() - began < QUICK["TTA_DEADLINE"]
+    assert time.monotonic() - began < 15
     assert llm.calls == calls
+
+
+@pytest.mark.parametrize("mode", ["slow", "drip"])
+def test_local_summary_answers_in_time_when_the_provider_hangs(
+    llm: LLMServer, make_client: MakeClient, mode: str
+) -> None:
+    """A provider that says nothing, or a byte now and then, is cut at each attempt's limit, and three times at most."""
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL, **QUICK)
+    llm.mode = mode
+    began = time.monotonic()
+    assert_local(process(client))
+    assert 1.5 <= time.monotonic() - began < QUICK["TTA_DEADLINE"]
+    assert llm.calls == 3
 
 
 def test_local_summary_answers_in_time_when_nobody_listens(
     make_client: MakeClient, free_port: Callable[[], int]
 ) -> None:
     """A provider that is not there is found out at once."""
-    client = make_client(TTA_LLM_BASE_URL=f"http://127.0.0.1:{free_port()}/v1", **QUICK)
+    client = make_client(TTA_LLM_BASE_URL=f"http://127.0.0.1:{free_port()}/v1")
     assert_local(process(client))
 
 
@@ -233,12 +244,12 @@ def test_local_summary_is_not_cached_when_the_provider_failed(client: FlaskClien
 
 
 def test_circuit_opens_when_the_provider_keeps_failing_and_closes_when_it_is_back(
-    llm: LLMServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    llm: LLMServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
 ) -> None:
     """An open circuit asks nobody and answers locally; after the break one request finds out that all is well."""
     monkeypatch.setattr(workflow, "FAILURE_THRESHOLD", 4)
-    monkeypatch.setattr(workflow, "RECOVERY_TIMEOUT", 0.5)
-    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL, **QUICK)
+    monkeypatch.setattr(workflow, "RECOVERY_TIMEOUT", 2.5)
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL)
     llm.mode = "garbage"
     for n in range(4):
         assert_local({**process(client, f"{TEXT} {n}"), "summary": TEXT})
@@ -246,8 +257,7 @@ def test_circuit_opens_when_the_provider_keeps_failing_and_closes_when_it_is_bac
     llm.mode = "good"
     assert_local(process(client))
     assert llm.calls == 4
-    time.sleep(0.6)  # the breaker has the system's clock
-    assert_provider(process(client))
+    eventually(lambda: not process(client)["degraded"], within=30, what="the provider's return")
     assert_provider(process(client, f"{TEXT} more"))
     assert llm.calls == 6
 
@@ -257,7 +267,7 @@ def test_circuit_stays_closed_when_our_own_request_is_refused(
 ) -> None:
     """A wrong key says nothing about the provider's health: once it is right, the next request is answered."""
     monkeypatch.setattr(workflow, "FAILURE_THRESHOLD", 2)
-    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL, **QUICK)
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL)
     llm.mode = "refused"
     for n in range(4):
         assert process(client, f"{TEXT} {n}")["degraded"]
