@@ -11,6 +11,8 @@ import contextvars
 import inspect
 import itertools
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -37,7 +39,7 @@ from tta_sync.exceptions import (
 )
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, sort_arguments, step_name
 from tta_sync.runtime import generation
-from tta_sync.runtime.call import register_interrupt
+from tta_sync.runtime.call import Call, register_interrupt
 from tta_sync.runtime.loop import ManagedLoop, Totals, living_loops, managed_loop_of, stop_all
 from tta_sync.runtime.native import get_ident, threads_are_greenlets
 from tta_sync.runtime.resources import OpenResources, Resource
@@ -482,27 +484,53 @@ class SyncFacade:
         loop = self._loop
         if loop is None or loop.generation != generation.current.number:
             return []
-        now = time.monotonic()
-        threads = {thread.ident: thread.name for thread in threading.enumerate()}
+        now, threads = time.monotonic(), _thread_names()
         calls = sorted({*loop.calls, *loop.orphans}, key=lambda call: call.started)
-        return [
-            CallRecord(
-                name=call.name or "a call",
-                age=now - call.started,
-                state=(
-                    "orphaned"
-                    if call.left
-                    else "queued"
-                    if not call.began
-                    else "cancelling"
-                    if call.why is not None
-                    else "running"
-                ),
-                caller_thread=threads.get(call.ident, "a thread that has ended"),
-            )
-            for call in calls
-            if not call.done
-        ]
+        return [self._record(call, now, threads) for call in calls if not call.done]
+
+    def dump(self) -> str:
+        """Return what is under way, for people: the totals, then a line per call with the place where it stands."""
+        loop = self._loop
+        lines = [f"{self.stats()}"]
+        if loop is not None and loop.generation == generation.current.number:
+            for call in sorted({*loop.calls, *loop.orphans}, key=lambda call: call.started):
+                if not call.done:
+                    record = self._record(call, time.monotonic(), _thread_names())
+                    lines.append(
+                        f"{record.name}: {record.state} for {record.age:.3f} s, called by {record.caller_thread}, "
+                        f"{loop.where(call)}"
+                    )
+            lines += [f"left over: {task.get_name()}" for task in loop.left_over()]
+        return "\n".join(lines) + "\n"
+
+    def dump_on_signal(self, signum: int, descriptor: int = 2) -> None:
+        """Write :meth:`dump` to a file descriptor, stderr by default, whenever *signum* arrives. Main thread only.
+
+        A handler that was there before is called afterwards.
+        """
+        before = signal.getsignal(signum)
+
+        def handler(number: int, frame: Any) -> None:
+            # Not through logging or sys.stderr: the signal may have struck while this thread holds their locks.
+            os.write(descriptor, self.dump().encode(errors="backslashreplace"))
+            if callable(before):
+                before(number, frame)
+
+        signal.signal(signum, handler)
+
+    def _record(self, call: Call, now: float, threads: dict[int | None, str]) -> CallRecord:
+        if call.left:
+            state = "orphaned"
+        elif not call.began:
+            state = "queued"
+        else:
+            state = "running" if call.why is None else "cancelling"
+        caller = threads.get(call.ident, "a thread that has ended")
+        return CallRecord(name=call.name or "a call", age=now - call.started, state=state, caller_thread=caller)
+
+
+def _thread_names() -> dict[int | None, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
 def _not_a_function(name: str, given: object) -> TypeError:
