@@ -167,7 +167,35 @@ def test_other_errors_become_notes_of_the_first() -> None:
     ]
 
 
-def test_branch_that_never_started_is_not_run_when_an_earlier_one_fails() -> None:
+def test_error_that_two_branches_share_is_not_its_own_note() -> None:
+    """One error object raised twice comes out once."""
+    error = ValueError("shared")
+    flow = sleeping(1, error=error) | sleeping(1, error=error)
+    with pytest.raises(ValueError, match="shared"):
+        run(flow, context=WorkflowContext(clock=FakeClock()))
+    assert error.__notes__ == ["in branch 1 of 2: sleep1"]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_branch_that_is_cancelled_before_it_began_is_no_error(
+    limit: int | None, run_shuffled: Callable[..., Any]
+) -> None:
+    """In whatever order the branches begin, only the one that failed is named."""
+
+    async def fail(data: Any) -> None:
+        raise ValueError("mine")
+
+    async def check() -> list[str]:
+        with pytest.raises(ValueError, match="mine") as caught:
+            await ParallelPrimitive([step(fail, name="fail"), sleeping(9)], max_concurrency=limit).execute(
+                "x", WorkflowContext(clock=FakeClock(autojump_threshold=None))
+            )
+        return caught.value.__notes__
+
+    assert {tuple(run_shuffled(check(), seed)) for seed in range(20)} == {("in branch 1 of 2: fail",)}
+
+
+def test_branch_that_never_started_is_not_run_when_an_earlier_one_fails(run_shuffled: Callable[..., Any]) -> None:
     """With a limit, branches that wait for a place are dropped."""
     started: list[int] = []
 
@@ -178,9 +206,12 @@ def test_branch_that_never_started_is_not_run_when_an_earlier_one_fails() -> Non
 
         return step(work)
 
-    with pytest.raises(ValueError, match="from 0"):
-        run(ParallelPrimitive([branch(number) for number in range(5)], max_concurrency=1))
-    assert started == [0]
+    for seed in range(20):
+        started.clear()
+        flow = ParallelPrimitive([branch(number) for number in range(5)], max_concurrency=1)
+        with pytest.raises(ValueError, match="from 0"):
+            run_shuffled(flow.execute("x", WorkflowContext()), seed)
+        assert started == [0]
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2])
@@ -294,6 +325,32 @@ def test_cancellation_wins_when_it_comes_while_siblings_are_awaited() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(check())
+
+
+def test_second_cancellation_reaches_a_branch_that_swallowed_the_first() -> None:
+    """A branch that ignores one cancellation does not hold a caller who insists."""
+    swallowed = asyncio.Event()
+
+    async def stubborn(data: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.set()
+        await asyncio.Event().wait()
+
+    async def check() -> None:
+        task = asyncio.create_task((step(stubborn) | sleeping(1)).execute("x", WorkflowContext(clock=FakeClock())))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await swallowed.wait()
+        await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
 
     asyncio.run(check())
 

@@ -337,16 +337,19 @@ def test_peek_never_raises_through_a_sequence() -> None:
 
         peeks = True
 
+    asked: list[Any] = []
+
     class Declared(Refusing):
         peek_raises = True
 
         def peek(self, data: Any, context: WorkflowContext) -> Any:
-            raise AssertionError("asked")
+            asked.append(data)
 
         peeks = True
 
     for kind in Refusing, Declared:
         assert SequentialPrimitive([kind("M", a)]).peek("x", WorkflowContext()) is MISS
+    assert asked == []
 
 
 def test_peek_is_not_asked_of_a_class_that_does_not_declare_it() -> None:

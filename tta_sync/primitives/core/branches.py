@@ -7,7 +7,6 @@ After the first failure the siblings are cancelled and awaited, so that no side 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -141,7 +140,7 @@ async def run_windowed(
 class _Window(_Branches):
     """Branches that begin when an earlier one has ended."""
 
-    __slots__ = ("calls", "tasks", "variables")
+    __slots__ = ("calls", "tasks")
 
     def __init__(
         self, calls: Iterator[Call], total: int, collect: bool, progress: Callable[[int, int], None] | None
@@ -149,19 +148,19 @@ class _Window(_Branches):
         super().__init__(total, collect, progress)
         self.calls = enumerate(calls)
         self.tasks: dict[asyncio.Task[None], int] = {}
-        # A branch must not see what an earlier one set: each gets a copy of the variables as they are here and now.
-        self.variables = contextvars.copy_context()
 
     def launch(self) -> None:
         following = next(self.calls, None)
         if following is not None:
             index, (name, run, data, context) = following
             coroutine = self.branch(index, run, data, context)
-            task = self.loop.create_task(coroutine, name=name, context=self.variables.copy())
+            task = self.loop.create_task(coroutine, name=name)
             self.tasks[task] = index
             task.add_done_callback(self.ended)
 
     def ended(self, task: asyncio.Task[None]) -> None:
+        # A callback runs with the variables of whoever added it, not with those of the task that has ended: what one
+        # branch sets, the next one does not see.
         index = self.tasks.pop(task)
         if self.stopping:
             return
