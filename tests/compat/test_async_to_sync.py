@@ -259,6 +259,33 @@ def test_work_is_done_before_the_call_returns_when_nobody_waits_for_it(facade: S
     assert done == [0, 1, 2]
 
 
+def test_a_call_returns_when_a_task_it_has_left_never_stops_handing_over_work(facade: SyncFacade) -> None:
+    """The caller does what was handed over before the coroutine ended, and nothing that comes after."""
+    refused: list[type[BaseException]] = []
+    told = threading.Event()
+
+    async def endless() -> None:
+        try:
+            while True:
+                await on_caller()
+        except RuntimeError as error:
+            refused.append(type(error))
+        told.set()
+
+    async def leave() -> None:
+        kept.append(asyncio.create_task(endless()))
+        await on_caller()
+
+    async def finish() -> None:
+        await asyncio.wait(kept)
+
+    kept: list[asyncio.Task[None]] = []
+    facade.async_to_sync(leave)()
+    facade.call_sync(finish)
+    assert told.is_set()
+    assert refused == [NoCallerError]
+
+
 def test_late_work_is_refused_when_the_caller_has_gone(facade: SyncFacade) -> None:
     """A task that outlives the call gets NoCallerError from sync_to_async, at once."""
     refused: list[BaseException | None] = []
@@ -1077,7 +1104,7 @@ def test_a_forked_child_can_call_when_its_parent_has(facade: SyncFacade) -> None
     assert call()
 
 
-def test_late_work_in_a_forked_child_is_refused_when_only_the_parent_waits(threaded: SyncFacade) -> None:
+def test_late_work_in_a_forked_child_is_refused_when_only_the_parent_waits(facade: SyncFacade) -> None:
     """The executor of a call that waits in the parent takes nothing in the child, where nobody would ever do it."""
 
     def submit_in_child() -> int:
@@ -1099,7 +1126,7 @@ def test_late_work_in_a_forked_child_is_refused_when_only_the_parent_waits(threa
     async def ask() -> int:
         return await sync_to_async(submit_in_child)()
 
-    assert threaded.async_to_sync(ask)() == 0
+    assert facade.async_to_sync(ask)() == 0
 
 
 def _refusal(executor: Any) -> str:

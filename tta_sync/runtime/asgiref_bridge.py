@@ -152,7 +152,6 @@ class CallerExecutor(CurrentThreadExecutor):
         self._caller: calls.Call | None = None
         self._foreign: set[_WorkItem] = set()
         self._open = False
-        self._left = False
 
     # ---- for the call that it belongs to -----------------------------------------------------------------------------
 
@@ -184,7 +183,6 @@ class CallerExecutor(CurrentThreadExecutor):
 
     def leave(self) -> None:
         """Give the caller's context what the coroutine has set in its own. Caller's thread only."""
-        self._left = True
         context, self.context = self.context, None
         caller, self._caller = self._caller, None
         if context is not None:
@@ -230,7 +228,7 @@ class CallerExecutor(CurrentThreadExecutor):
     #     with old._work_ready: if not old._broken: old._work_items.append(item); old._work_ready.notify()
 
     _broken = property(
-        lambda self: not self._open or self._left or self._generation != generation.current.number,
+        lambda self: not self._open or self._generation != generation.current.number,
     )
     _work_items = property(lambda self: self)
     _work_ready = property(lambda self: self)
