@@ -22,25 +22,32 @@ def forget_earlier_raises(error: BaseException, boundaries: frozenset[CodeType],
     thread) came before it, which makes it part of this one.
     """
     depth = 0
+    cut: TracebackType | None = None  # the first raise point behind the last detour, or of all
     entry = error.__traceback__
     while entry is not None:
         code = entry.tb_frame.f_code
         if code in detours:
             depth += 1
+            cut = None
         elif code in boundaries:
-            if depth == 0:
+            if depth == 0 or cut is not None:
                 break
             depth -= 1
+        elif cut is None and _at_raise(entry) and entry.tb_next is not None:
+            cut = entry if not _comes_again(entry) else None
         entry = entry.tb_next
-    if entry is None:
-        return
-    # The earlier raise begins behind the first `raise` statement of this one.
-    last = error.__traceback__
-    while last is not None and last is not entry:
-        if _at_raise(last) and last.tb_next is not None and last.tb_next.tb_frame is not last.tb_frame:
-            last.tb_next = None
-            return
-        last = last.tb_next
+    if entry is not None and cut is not None:
+        cut.tb_next = None
+
+
+def _comes_again(raised: TracebackType) -> bool:
+    """Say whether the raise at *raised* only passed on what the same code had caught: its frame comes up again."""
+    entry = raised.tb_next
+    while entry is not None:
+        if entry.tb_frame is raised.tb_frame:
+            return True
+        entry = entry.tb_next
+    return False
 
 
 def _at_raise(entry: TracebackType) -> bool:

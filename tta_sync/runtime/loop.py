@@ -38,7 +38,7 @@ from tta_sync.runtime.frames import (
     user_frame,
 )
 from tta_sync.runtime.pool import DaemonPool
-from tta_sync.runtime.resources import OpenResources
+from tta_sync.runtime.resources import OpenResources, belongs_to_a_resource
 from tta_sync.runtime.streaming import Stream
 from tta_sync.runtime.watchdog import Watchdog
 
@@ -209,7 +209,8 @@ class ManagedLoop:
             os.close(self._bell)
 
     def gone(self) -> LoopUnavailableError:
-        if self.stopping:
+        """Return the error for whoever still waits for a loop that has ended."""
+        if self.refusing:  # from the first moment of a shutdown on
             return LoopUnavailableError("the facade was shut down while this call was in flight")
         error = LoopUnavailableError("the loop thread died while this call was in flight; the next call gets a new one")
         error.__cause__ = self.death
@@ -253,8 +254,11 @@ class ManagedLoop:
         for call in list(self.calls):
             if call.why is None:
                 call.why = STOPPED
-        keep = {asyncio.current_task(), *self.resources.tasks()}
-        left_over = [task for task in asyncio.all_tasks() if task not in keep]
+        # What an open resource has started for itself ends when that is closed, not before.
+        me = asyncio.current_task()
+        left_over = [
+            task for task in asyncio.all_tasks() if task is not me and not belongs_to_a_resource(context_of(task))
+        ]
         for task in left_over:
             task.cancel()
         if left_over:
@@ -539,6 +543,10 @@ class ManagedLoop:
             else:
                 result = await call.fn(*call.args)
         except BaseException as error:
+            if isinstance(error, GeneratorExit) and asyncio.current_task(self.loop) is not call.task:
+                # Not the coroutine's own: its task was dropped with a dead loop, and is being collected.
+                call.finish(None, self.gone())
+                raise
             forget_earlier_raises(error, BOUNDARIES, DETOURS)
             call.finish(None, error)
         else:

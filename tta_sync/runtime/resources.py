@@ -19,6 +19,14 @@ T = TypeVar("T")
 logger = logging.getLogger("tta_sync")
 
 
+_in_a_resource: contextvars.ContextVar[bool] = contextvars.ContextVar("tta_sync_in_a_resource")
+
+
+def belongs_to_a_resource(context: contextvars.Context | None) -> bool:
+    """Say whether a task with this *context* opened a resource, or was started by what a resource opened."""
+    return context is not None and _in_a_resource in context
+
+
 class _Opened:
     """One opened resource. Loop thread only."""
 
@@ -27,8 +35,10 @@ class _Opened:
         self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._on_ready = on_ready
         # An empty context: what is opened for the first caller must not carry that caller's variables to all others.
+        context = contextvars.Context()
+        context.run(_in_a_resource.set, True)
         self.task = asyncio.get_running_loop().create_task(
-            self._hold(resource.factory), name=f"resource {resource.name}", context=contextvars.Context()
+            self._hold(resource.factory), name=f"resource {resource.name}", context=context
         )
 
     async def _hold(self, factory: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
