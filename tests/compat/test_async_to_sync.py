@@ -575,6 +575,18 @@ def test_a_new_loop_is_used_when_asked_for(facade: SyncFacade) -> None:
     assert facade.stats().calls == 0
 
 
+def test_one_thread_is_used_when_asgirefs_single_thread_context_asks_for_it(facade: SyncFacade) -> None:
+    """Inside AsyncSingleThreadContext all coroutines run on the same thread, which is not the caller's."""
+
+    async def there() -> int:
+        return here()
+
+    with asgiref.sync.AsyncSingleThreadContext():
+        threads = {facade.async_to_sync(there)() for _ in range(3)}
+    assert len(threads) == 1
+    assert here() not in threads
+
+
 def test_it_is_refused_when_called_inside_a_running_loop(facade: SyncFacade) -> None:
     """Called where a loop runs it raises, as asgiref's, and makes no coroutine that nobody awaits."""
     made: list[Any] = []
@@ -1007,21 +1019,23 @@ def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() ->
 
 def test_the_facades_limits_hold_when_called_through_it(facade: SyncFacade) -> None:
     """The default timeout ends it with DeadlineExceededError, max_in_flight refuses it with SaturatedError."""
-    limited = SyncFacade(default_timeout=0.05, max_in_flight=1, drive=facade.drive, use_uvloop=facade.use_uvloop)
+    kind: dict[str, Any] = {"drive": facade.drive, "use_uvloop": facade.use_uvloop}
+    narrow, short = SyncFacade(max_in_flight=1, **kind), SyncFacade(default_timeout=0.05, **kind)
 
     async def nested() -> None:
         with pytest.raises(SaturatedError):
-            await sync_to_async(limited.async_to_sync(running_loop))()
+            await sync_to_async(narrow.async_to_sync(running_loop))()
 
     async def forever() -> None:
         await asyncio.sleep(PATIENCE)
 
     try:
-        limited.async_to_sync(nested)()
+        narrow.async_to_sync(nested)()
         with pytest.raises(DeadlineExceededError):
-            limited.async_to_sync(forever)()
+            short.async_to_sync(forever)()
     finally:
-        limited.shutdown(0.0)
+        narrow.shutdown(0.0)
+        short.shutdown(0.0)
 
 
 def test_it_is_counted_and_listed_by_the_users_name_when_it_runs(facade: SyncFacade) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -95,20 +96,29 @@ class Run:
 
 
 class Suite:
-    """One project's tests, run twice side by side: as stock, and on the managed loop."""
+    """One project's tests, run several times side by side: as stock, and on each kind of managed loop."""
 
-    def __init__(self, project: str, config: str, plugins: list[str], directory: Path) -> None:
+    def __init__(self, project: str, config: str, plugins: list[str], kinds: list[str], directory: Path) -> None:
         with tarfile.open(source_distribution(project)) as archive:
             archive.extractall(directory, filter="data")
         (sources,) = directory.iterdir()
-        self.stock = _Started(directory / "stock", sources, config, plugins, replaced=False)
-        self.ours = _Started(directory / "ours", sources, config, plugins, replaced=True)
+        self.stock = _Started(directory / "stock", sources, config, plugins, None)
+        self.ours = {kind: _Started(directory / kind, sources, config, plugins, FACADES[kind]) for kind in kinds}
+
+    def kill(self) -> None:
+        for run in self.stock, *self.ours.values():
+            run.kill()
+
+
+FACADES: dict[str, dict[str, Any]] = {"thread": {}, "uvloop": {"use_uvloop": True}, "caller": {"drive": "caller"}}
 
 
 class _Started:
     """One run on its way."""
 
-    def __init__(self, directory: Path, sources: Path, config: str, plugins: list[str], replaced: bool) -> None:
+    def __init__(
+        self, directory: Path, sources: Path, config: str, plugins: list[str], options: dict[str, Any] | None
+    ) -> None:
         directory.mkdir()
         self._report, self._junit, self._log = (directory / name for name in ("report.json", "junit.xml", "log"))
         # The installed package is under test, not the one beside the tests.
@@ -132,8 +142,9 @@ class _Started:
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": str(PLUGINS),  # and not the checkout: Flask would find its wsgi.py
             "PYTHONDONTWRITEBYTECODE": "1",
-            **({"REPLACED_REPORT": str(self._report)} if replaced else {}),
         }
+        if options is not None:
+            environment |= {"REPLACED_REPORT": str(self._report), "REPLACED_OPTIONS": json.dumps(options)}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, cwd=sources, start_new_session=True
@@ -162,18 +173,21 @@ class _Started:
 
 @pytest.fixture(scope="session")
 def suites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Suite]]:
-    """Both suites, all four runs under way at once: they mostly sleep."""
+    """Both suites, all their runs under way at once: asgiref's mostly sleep."""
     plugins = ["async_to_sync_replaced"]
     started = {
         "asgiref": Suite(
-            "asgiref", "setup.cfg", [*plugins, "pytest_asyncio.plugin"], tmp_path_factory.mktemp("asgiref")
+            "asgiref",
+            "setup.cfg",
+            [*plugins, "pytest_asyncio.plugin"],
+            list(FACADES),
+            tmp_path_factory.mktemp("asgiref"),
         ),
-        "flask": Suite("flask", "pyproject.toml", plugins, tmp_path_factory.mktemp("flask")),
+        "flask": Suite("flask", "pyproject.toml", plugins, ["thread"], tmp_path_factory.mktemp("flask")),
     }
     yield started
     for suite in started.values():
-        suite.stock.kill()
-        suite.ours.kill()
+        suite.kill()
 
 
 def lost(stock: Run, ours: Run) -> dict[str, str | None]:
@@ -188,9 +202,10 @@ def lost(stock: Run, ours: Run) -> dict[str, str | None]:
 WELL = {"passed", "skipped", "pytest.skip", "pytest.xfail"}
 
 
-def test_asgirefs_own_tests_come_out_as_stock_when_async_to_sync_is_ours(suites: dict[str, Suite]) -> None:
+@pytest.mark.parametrize("kind", FACADES)
+def test_asgirefs_own_tests_come_out_as_stock_when_async_to_sync_is_ours(suites: dict[str, Suite], kind: str) -> None:
     """Every test of asgiref passes on the managed loop, but for the one that asgiref expects to fail."""
-    stock, ours = suites["asgiref"].stock.end(), suites["asgiref"].ours.end()
+    stock, ours = suites["asgiref"].stock.end(), suites["asgiref"].ours[kind].end()
     assert lost(stock, ours) == {}, ours.output
     outcomes = Counter(ours.outcomes.values())
     assert set(outcomes) <= WELL, ours.output
@@ -200,7 +215,7 @@ def test_asgirefs_own_tests_come_out_as_stock_when_async_to_sync_is_ours(suites:
 
 def test_flasks_own_tests_come_out_as_stock_when_async_to_sync_is_ours(suites: dict[str, Suite]) -> None:
     """Every test of Flask comes out on the managed loop as it does without, and all of those of async views pass."""
-    stock, ours = suites["flask"].stock.end(), suites["flask"].ours.end()
+    stock, ours = suites["flask"].stock.end(), suites["flask"].ours["thread"].end()
     assert lost(stock, ours) == {}, ours.output
     of_async_views = [outcome for name, outcome in ours.outcomes.items() if "tests.test_async::" in name]
     assert of_async_views == ["passed"] * 8, ours.output

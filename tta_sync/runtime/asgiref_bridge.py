@@ -7,8 +7,9 @@ Added here is asgiref's own contract:
 * ``sync_to_async`` code inside it runs on the calling thread, from subtasks and nested calls too: asgiref finds that
   thread as ``AsyncToSync.executors.current``, an executor, which here hands its work to the waiting caller;
 * the exception that the caller is handling is the one that the coroutine sees in ``sys.exc_info()``;
-* a call from ``sync_to_async`` code of a foreign loop runs on that loop, and ``force_new_loop`` gets a new one: both
-  are left to asgiref.
+* a call from ``sync_to_async`` code of a foreign loop runs on that loop, ``force_new_loop`` gets a new one, and inside
+  AsyncSingleThreadContext all calls share a thread. Where the managed loop is not that loop or has no one thread,
+  because callers drive it, the call is left to asgiref.
 
 One difference is meant: asgiref's loop ends with the call and cancels what is left on it; here tasks left over run on.
 
@@ -48,6 +49,8 @@ R = TypeVar("R")
 
 class Facade(Protocol):
     """What is needed of :class:`tta_sync.SyncFacade`."""
+
+    drive: Any
 
     def call_sync(self, async_fn: Callable[[], Awaitable[R]], /) -> R: ...
 
@@ -89,7 +92,11 @@ class AsyncToSync(sync.AsyncToSync[P, R]):
         __traceback_hide__ = True  # noqa: F841  # read by debuggers, as in asgiref's own frames
         noted = sync.SyncToAsync.threadlocal.__dict__  # by the sync_to_async that this thread works for
         outer = _loop_that_waits(noted) if noted else None
-        if self.force_new_loop or (outer is not None and managed_loop_of(outer) is None):
+        if (
+            self.force_new_loop
+            or (outer is not None and managed_loop_of(outer) is None)
+            or (self._facade.drive == "caller" and outer is None and self.async_single_thread_context.get(None))
+        ):
             return super().__call__(*args, **kwargs)
         relatives: list[asyncio.Task[Any] | None] | None = noted.get("task_context")
         handled = sys.exc_info()[1]
