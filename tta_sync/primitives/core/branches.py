@@ -167,7 +167,7 @@ class _Window(_Branches):
         if task.cancelled():  # before its first step: it could not report
             self.errors.append((index, asyncio.CancelledError()))
             self.wake()
-        elif not self.waiter.done():
+        else:
             self.launch()
 
 
