@@ -543,7 +543,9 @@ class ManagedLoop:
             else:
                 result = await call.fn(*call.args)
         except BaseException as error:
-            if isinstance(error, GeneratorExit) and asyncio.current_task(self.loop) is not call.task:
+            if isinstance(error, GeneratorExit) and (
+                not self.loop.is_running() or asyncio.current_task(self.loop) is not call.task
+            ):
                 # Not the coroutine's own: its task was dropped with a dead loop, and is being collected.
                 call.finish(None, self.gone())
                 raise
