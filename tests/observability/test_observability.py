@@ -74,6 +74,11 @@ EVENTS: list[tuple[records.Event, str, str]] = [
         "step_ended step=s seconds=0.2 error=ValueError",
     ),
     (
+        records.StepEnded(step="s", seconds=0.2, error=asyncio.CancelledError()),
+        'tta_step_duration_seconds_count{outcome="cancelled",step="s"}',
+        "step_ended step=s seconds=0.2 error=CancelledError",
+    ),
+    (
         records.RetryScheduled(step="s", attempt=1, delay=0.25, error=ValueError("secret")),
         'tta_retries_total{step="s"}',
         "retry_scheduled step=s attempt=1 delay=0.25 error=ValueError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -81,7 +82,7 @@ class PrometheusHook:
             return record
 
         self._records: dict[str, Callable[[Any, str], None]] = {
-            "StepEnded": lambda e, step: steps.labels(step, "error" if e.error else "ok").observe(e.seconds),
+            "StepEnded": lambda e, step: steps.labels(step, _outcome(e.error)).observe(e.seconds),
             "RetryScheduled": lambda e, step: retries.labels(step).inc(),
             "RetryExhausted": lambda e, step: exhausted.labels(step, self._label(e.reason)).inc(),
             "StepTimedOut": lambda e, step: timeouts.labels(step, str(e.detached).lower()).inc(),
@@ -125,6 +126,12 @@ class PrometheusHook:
                 return "other"
             self._names.add(name)
             return name
+
+
+def _outcome(error: BaseException | None) -> str:
+    if error is None:
+        return "ok"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
 
 
 class MetricsServer:
