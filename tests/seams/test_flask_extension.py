@@ -17,7 +17,7 @@ from flask import Blueprint, Flask, abort, redirect, request
 from flask.views import MethodView
 from marshmallow import Schema, ValidationError, fields
 from sqlalchemy.exc import IntegrityError
-from werkzeug.exceptions import HTTPException, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 from werkzeug.routing import Rule
 
 import tta_sync.flask
@@ -699,11 +699,26 @@ def test_redirects_and_ready_responses_are_left_alone(site: Flask) -> None:
     def slash() -> Any:
         abort(flask.Response("mine", 418))
 
+    class NotModified(HTTPException):
+        code = 304
+
+    @site.get("/304")
+    def not_modified() -> Any:
+        raise NotModified
+
+    @site.get("/404")
+    def ready() -> Any:
+        raise NotFound(response=flask.Response("mine", 404))
+
     client = site.test_client()
     assert client.get("/moved").status_code == 302
     assert client.get("/slash").status_code == 308
     response = client.get("/slash/")
     assert (response.status_code, response.data) == (418, b"mine")
+    assert client.get("/304").status_code == 304
+    assert client.get("/304").mimetype != "application/problem+json"
+    response = client.get("/404")
+    assert (response.status_code, response.data) == (404, b"mine")
 
 
 def test_abort_in_a_decorated_view_is_a_problem(site: Flask) -> None:

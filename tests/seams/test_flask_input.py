@@ -191,12 +191,14 @@ def test_answer_is_bounded_when_a_million_things_are_wrong(post: Callable[..., A
     """Neither the number of messages nor a field's name grows with the request."""
     many = {"text": "a", **{f"{i}" + "x" * 300: 1 for i in range(5000)}}
     response = post(json.dumps(many))
-    refused(response, 422, "validation_error")
+    errors = refused(response, 422, "validation_error")["errors"]
     assert len(response.data) < 60_000
+    assert max(map(len, errors)) <= 200
     unsafe = {"text": "a", "items": [{"text": "\x00"} for _ in range(5000)]}
     response = post(json.dumps(unsafe))
     refused(response, 422, "validation_error")
     assert len(response.data) < 60_000
+    assert len(unsafe_strings(unsafe)) == 100
     response = post(json.dumps({"text": "a", "tasks": ["bogus"] * 5000}))
     refused(response, 422, "validation_error")
     assert len(response.data) < 60_000
