@@ -211,12 +211,12 @@ def test_primitive_composes_with_all_others(build: Callable[[], Any], result: An
     """As the left and the right operand of both operators, and as a step of every other composite."""
     flow = build()
     grows = flow.children() if type(flow) is ParallelPrimitive and flow.max_concurrency is None else ()
-    assert run_sync(flow >> (lambda data: data), "x") == result
-    assert run_sync(step(str) >> flow, "x") == result
-    assert run_sync(flow | str, "x") == ([*result, "x"] if grows else [result, "x"])
+    assert run_sync(build() >> (lambda data: data), "x") == result
+    assert run_sync(step(str) >> build(), "x") == result
+    assert run_sync(build() | str, "x") == ([*result, "x"] if grows else [result, "x"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompositionWarning)  # a Retry around a Cache or a Fallback works, too
-        assert run_sync(TimeoutPrimitive(RetryPrimitive(flow, max_retries=1), 30.0), "x") == result
+        assert run_sync(TimeoutPrimitive(RetryPrimitive(build(), max_retries=1), 30.0), "x") == result
 
 
 @pytest.mark.parametrize("build", [build for build, _ in ROWS.values()], ids=ROWS)
