@@ -164,6 +164,11 @@ class CountWindow:
         else:
             marks.append(0)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the window is full of good calls, so that one more of them changes nothing."""
+        return self.calls == self._size and not self.failures and not self.slow
+
     def clear(self) -> None:
         """Forget all calls."""
         self._marks.clear()
@@ -183,6 +188,7 @@ class TimeWindow:
         self._width = seconds / BUCKETS
         self._newest = 0  # number of the newest bucket since the clock's zero
         self._turns_at = -math.inf
+        self.settled = False  # each call counts, as those before it will be forgotten
         self.clear()
 
     def add(self, failed: bool, slow: bool, now: float) -> None:
@@ -309,9 +315,10 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         self._window_tells_time = isinstance(self._window, TimeWindow)
         self._inner = self.primitive._run
         self._lock = threading.Lock()
-        # All below is guarded by _lock; the fast path reads _generation and _state without it.
+        # All below is guarded by _lock; the fast path reads _generation, _state and _quiet without it.
         self._state = CLOSED
         self._generation = 0  # grows with each change of state
+        self._quiet = self._window is None  # whether one more success in the closed state would change nothing
         self._failures = 0
         self._successes = 0
         self._opened = 0  # times since it was last closed
@@ -378,7 +385,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         except BaseException as error:
             self._ended(error, generation, lease, began, context)
             raise
-        if self._failures or self._window is not None or lease is not None or cancel_reason(context) is not None:
+        if not self._quiet or lease is not None or cancel_reason(context) is not None:
             self._ended(None, generation, lease, began, context)
         return result
 
@@ -479,13 +486,14 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         failed = slow = (error is None or isinstance(error, asyncio.CancelledError)) and (
             cancel_reason(context) is not None
         )
-        if not failed:
+        neutral = False
+        if error is not None and not failed:
             failed = (
                 isinstance(error, self.config.expected_exception)
                 and isinstance(error, Exception)
                 and not isinstance(error, REJECTIONS)
             )
-        neutral = error is not None and not failed
+            neutral = not failed
         limit = self.config.slow_call_seconds
         now = context.clock.monotonic() if limit is not None or self._window_tells_time else 0.0
         if limit is not None and not neutral and now - began > limit:
@@ -519,10 +527,12 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         window = self._window
         if window is None:
             self._failures = self._failures + 1 if failed else 0
+            self._quiet = not failed
             opens = self._failures >= self.config.failure_threshold
         else:
             window.add(failed, slow, now)
             self._failures = window.failures
+            self._quiet = window.settled and self.config.slow_call_seconds is None
             opens = (window.failures > 0 or window.slow > 0) and trips(
                 self.config, window.calls, window.failures, window.slow
             )
@@ -549,6 +559,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         self._failures = self._successes = self._opened = 0
         self._leases.clear()
         self._last_error = None
+        self._quiet = self._window is None
         if self._window is not None:
             self._window.clear()
 

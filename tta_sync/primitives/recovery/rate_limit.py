@@ -142,11 +142,15 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         if self._plain:
             limit = self._limit
+            now = context.clock.monotonic()
             with self._lock:
-                wait, arrival = decide(limit.arrival, context.clock.monotonic(), self._interval, self._tolerance)
-                if not wait:
-                    limit.arrival = arrival
-            if wait:
+                arrival = limit.arrival  # decide(), spelled out: this is what each call pays
+                if arrival < now:
+                    arrival = now
+                wait = arrival - now - self._tolerance
+                if wait <= SLACK:
+                    limit.arrival = arrival + self._interval
+            if wait > SLACK:
                 raise self._refusal(wait, context)
         elif self._store is None:
             await self._take(self._key_of(data, context), context)

@@ -131,14 +131,15 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 # A step that never waits needs no timer: nothing could fire while it runs.
                 driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline)
             except StopIteration as stop:
-                result: Out = stop.value
+                if clock.monotonic() < at:
+                    return stop.value  # type: ignore[no-any-return]
             else:
                 try:
-                    result = await driver
+                    result: Out = await driver
                 finally:
                     driver.end()
-            if clock.monotonic() < at and (driver is None or not driver.fired):
-                return result
+                if not driver.fired and clock.monotonic() < at:
+                    return result
         except BaseException as error:
             if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
                 raise
