@@ -638,6 +638,23 @@ def test_error_is_not_remembered_in_place_of_an_old_result_when_that_stands_in(
     assert call(cache) == call(cache) == {"for": 1}
 
 
+def test_stale_result_goes_on_answering_when_its_refresh_fails_with_a_listed_error(step: Any, clock: Any) -> None:
+    """An error of a refresh is not remembered in place of a result that is still good."""
+    cache = CachePrimitive(step, ttl=100, soft_ttl=10, jitter=0, negative_ttl=50, negative_for=LookupError)
+
+    async def main() -> None:
+        context = WorkflowContext(clock=clock)
+        await cache.execute(1, context)
+        clock.jump(10)
+        step.error = NotFound("x")
+        for calls in (2, 3):
+            assert await cache.execute(1, context) == {"for": 1}
+            while step.calls < calls or cache.flights._all:
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
 # ---- peek, state and events ------------------------------------------------------------------------------------------
 
 

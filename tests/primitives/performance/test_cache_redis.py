@@ -435,6 +435,27 @@ def test_listed_error_is_raised_again_when_it_is_remembered(
     assert call(one) == {"for": 1}
 
 
+def test_stale_result_goes_on_answering_when_its_refresh_fails_with_a_listed_error(
+    step: Any, cached: Any, clock: Any, heard: list[Any]
+) -> None:
+    """An error of a refresh is not remembered in place of a result that is still good; an event tells of it."""
+    cache = cached(step, ttl=100, soft_ttl=10, negative_ttl=50, negative_for=NotFound)
+
+    async def main() -> None:
+        context = WorkflowContext(clock=clock)
+        await cache.execute(1, context)
+        clock.jump(10)
+        step.error = NotFound("x")
+        for calls in (2, 3):
+            assert await cache.execute(1, context) == {"for": 1}
+            while step.calls < calls or cache.flights._all:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert bypasses(heard) == ["a refresh failed with NotFound"] * 2
+    assert {event.layer for event in heard} == {"redis"}
+
+
 def test_remembered_error_is_a_miss_when_its_type_is_not_listed_any_more(
     step: Any, cached: Any, call: Any, heard: list[Any]
 ) -> None:
@@ -799,6 +820,58 @@ def test_error_is_shared_by_processes_when_it_is_remembered(cached: Any) -> None
         assert len(gates) == 1
 
     asyncio.run(main())
+
+
+def test_nobody_waits_for_others_when_a_result_is_known_not_to_be_stored(cached: Any) -> None:
+    """A step whose result JSON cannot carry is not serialised across processes for nothing."""
+    gates: list[asyncio.Event] = []
+
+    async def uncarried(data: Any) -> Any:
+        gates.append(asyncio.Event())
+        await gates[-1].wait()
+        return {1, 2}
+
+    one, other = cached(uncarried), cached(uncarried)
+
+    async def main() -> None:
+        for cache in (one, other):
+            call = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
+            size = len(gates)
+            await grown(gates, size + 1)
+            gates[-1].set()
+            await call
+        calls = [asyncio.ensure_future(cache.execute(1, WorkflowContext())) for cache in (one, other)]
+        await grown(gates, 4)  # both at once
+        for gate in gates:
+            gate.set()
+        assert await asyncio.gather(*calls) == [{1, 2}] * 2
+
+    asyncio.run(main())
+
+
+def test_no_lock_stays_when_the_leader_is_cancelled_while_it_asks_for_it(
+    step: Any, cached: Any, client: redis.Redis, eventually: Any
+) -> None:
+    """A lock that is granted to a call that has left is given back at once."""
+    cache = cached(step)
+
+    async def main() -> None:
+        await cache.execute("warm", WorkflowContext())
+        for ticks in range(1, 12):
+            call = asyncio.ensure_future(cache.execute("cold", WorkflowContext()))
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait([call])
+            if not call.cancelled():
+                break
+        # Whatever moment it was, the next one need not wait for a lock to run out.
+        began = time.monotonic()
+        await cache.execute("cold", WorkflowContext())
+        assert time.monotonic() - began < 3
+
+    asyncio.run(main())
+    assert client.keys("*:lock") == []
 
 
 # ---- memory over Redis -----------------------------------------------------------------------------------------------

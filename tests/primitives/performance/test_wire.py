@@ -454,6 +454,38 @@ def test_stalled_loop_is_not_taken_for_a_silent_server_when_it_goes_on(patient_u
     asyncio.run(main())
 
 
+def test_busy_loop_is_not_taken_for_a_silent_server_when_it_connects(redis_url: str) -> None:
+    """A loop that is held up again and again reaches Redis all the same: its own delays do not count."""
+
+    async def main() -> None:
+        async def hold_up() -> None:
+            while True:
+                time.sleep(0.03)  # the user's fault, on purpose
+                await asyncio.sleep(0)
+
+        hog = asyncio.ensure_future(hold_up())
+        link = link_to(redis_url)
+        try:
+            for _ in range(5):
+                assert await link.ask("PING") == b"PONG"
+        finally:
+            hog.cancel()
+
+    asyncio.run(main())
+
+
+def test_question_is_refused_at_once_when_its_connection_was_just_lost() -> None:
+    """Nobody waits on a connection that has failed."""
+
+    async def main() -> None:
+        connection = wire()
+        connection.close()
+        with pytest.raises(RedisDown, match="lost"):
+            await connection.ask(("PING",))
+
+    asyncio.run(main())
+
+
 def test_nothing_is_sent_when_a_message_is_posted_without_a_connection(free_port: Any) -> None:
     """post() never opens a connection, nor raises."""
 

@@ -339,7 +339,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         return self._tags if self._tags_of is None else tag_set(self._tags_of(data, context))
 
     def refresh(
-        self, key: bytes, context: WorkflowContext, tags: frozenset[str], work: Callable[[Flight], Any]
+        self, key: bytes, context: WorkflowContext, tags: frozenset[str], layer: str, work: Callable[[Flight], Any]
     ) -> None:
         """Compute anew in the background, unless somebody is at it."""
 
@@ -347,7 +347,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
             try:
                 return await work(flight)
             except BaseException as error:
-                self.emit_bypassed(flight.context, "memory", f"a refresh failed with {type(error).__qualname__}")
+                self.emit_bypassed(flight.context, layer, f"a refresh failed with {type(error).__qualname__}")
                 raise
             finally:
                 del flight

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 _MAGIC = b"TC1"
 _HEADER = struct.Struct(">3sB8sddddH")  # magic, codec, id, created, fresh until, expires at, cost, number of versions
 _SEAL = 16
+OVERHEAD = 10_000  # bytes that a stored result may be larger than its value
 _MAX_VERSIONS = 1000
 
 _TAGGED = 1  # the JSON holds type tags
@@ -102,7 +103,7 @@ class Codec:
         Raises:
             Undecodable: it is foreign, corrupt, or oversized.
         """
-        if len(blob) > self.max_bytes + 10_000:
+        if len(blob) > self.max_bytes + OVERHEAD:
             raise Undecodable("oversized")
         if blob[:3] != _MAGIC:
             raise Undecodable("foreign")

@@ -179,6 +179,11 @@ class Flights:
                 error = None  # else its traceback would lead to this frame, and this frame to it
                 del flight, waiter
 
+    def waiting(self, key: Hashable) -> bool:
+        """Say whether somebody computes *key* right now while others wait for it."""
+        flight = self._open.get(key)
+        return flight is not None and not flight.background and flight.alive
+
     def begin(self, key: Hashable, context: WorkflowContext, tags: frozenset[str], name: str, work: Work) -> None:
         """Begin *work* in the background, with a time limit of its own, unless somebody is at it already."""
         flight = Flight(key, context, tags, background=True)

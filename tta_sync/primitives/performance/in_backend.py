@@ -5,176 +5,112 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.performance import codec, keys
-from tta_sync.primitives.performance.codec import Codec, Envelope, Undecodable
 from tta_sync.primitives.performance.flights import Flight
+from tta_sync.primitives.performance.shared import Bypass, Lease, SharedLayer
 from tta_sync.primitives.performance.stores import CacheBackend
 
 if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive
 
+T = TypeVar("T")
+
 _LIMIT = 1.0  # seconds for one question to a store of which we know nothing
 _EPOCH_LIFE = 1.0  # seconds after which other processes have seen that the cache was cleared
+_LONG = 365 * 86_400.0  # seconds; longer than any result lives that an old epoch named
 
 
-class BackendLayer:
+class BackendLayer(SharedLayer):
     """Answer from a :class:`CacheBackend`, or compute once for all who ask at the same time in this process.
 
     A store without locks and counters has no single-flight across processes, and no tags.
     """
 
+    label = "backend"
+
     def __init__(
         self, cache: CachePrimitive[Any, Any], backend: CacheBackend, claim: Callable[[dict[Any, Any]], str]
     ) -> None:
-        self._cache = cache
-        self._backend = backend
         if cache.has_tags:
             raise ConfigurationError(
                 f"tags need memory or Redis: a {type(backend).__name__} has no counters; leave tags= out"
             )
-        self._head = f"tta:{keys.SCHEMA}:"
-        self._tail = keys.prefix(claim(_claims_of(backend)), cache.version)
-        self._epoch_key = f"{self._head}#:{self._tail}epoch"
-        self._codec = Codec(cache.secret, cache.max_value_bytes, cache.compress_above)
+        super().__init__(cache, "tta:", claim(_claims_of(backend)))
+        self._backend = backend
+        self._epoch_key = f"{self._control}epoch"
         self._epoch, self._epoch_read = "", float("-inf")
-
-    def key(self, known: Any, tenant: str | None) -> bytes:
-        digest = keys.digest(known, self._cache.key_argument).hex()
-        return f"{self._head}{keys.prefix(tenant)}{self._tail}{digest}".encode()
 
     async def _name(self, key: bytes) -> str:
         """Return the name under which *key* is stored now: one step of the epoch changes all of them."""
         now = asyncio.get_running_loop().time()
-        if now - self._epoch_read >= _EPOCH_LIFE:
-            epoch = await self._within(self._backend.get(self._epoch_key))
+        if not 0 <= now - self._epoch_read < _EPOCH_LIFE:
+            epoch = await self._backend.get(self._epoch_key)
             self._epoch, self._epoch_read = epoch.decode() if isinstance(epoch, bytes) else "", now
         return key.decode() + self._epoch
 
-    async def answer(self, data: Any, known: Any, context: WorkflowContext) -> Any:
-        cache = self._cache
-        key = self.key(known, context.tenant)
-        reason, old = "absent", None
+    async def _ask(self, answer: Awaitable[T]) -> T:
         try:
-            blob = await self._within(self._backend.get(await self._name(key)))
-            if blob is not None:
-                old = self._codec.open(key, blob if isinstance(blob, bytes) else b"")
-                now = context.clock.time()
-                if now < old.expires_at:
-                    value = self._codec.value(old)
-                    cache.count_hit(context, "backend", now >= old.fresh_until)
-                    if old.degraded:
-                        context.mark_degraded()
-                    if now >= old.fresh_until:
-                        cache.refresh(key, context, frozenset(), partial(self._compute, key=key, data=data, old=None))
-                    return value
-                reason = "expired"
-        except Undecodable as undecodable:
-            reason, old = undecodable.reason, None
+            async with asyncio.timeout(_LIMIT):
+                return await answer
         except Exception as error:  # of a store of which we know nothing
-            reason = "down"
-            cache.emit_bypassed(context, "backend", type(error).__qualname__)
-        if reason == "expired":
-            with cache.guard.lock:
-                cache.expirations += 1
-        cache.count_miss(context, "backend", reason)
-        primitive = cache.primitive
-        assert primitive is not None
-        work = partial(self._compute, key=key, data=data, old=old)
-        return await cache.flights.share(
-            key, context, frozenset(), cache.label, work, lambda: primitive._run(data, context)
-        )
+            raise Bypass("down", type(error).__qualname__) from error
 
-    async def _compute(self, flight: Flight, key: bytes, data: Any, old: Envelope | None) -> Any:
-        try:
-            cache, context = self._cache, flight.context
-            primitive = cache.primitive
-            assert primitive is not None
-            began = context.clock.monotonic()
-            try:
-                value = await primitive._run(data, context)
-            except Exception:
-                if old is not None and context.clock.time() < old.expires_at + cache.stale_if_error:
-                    context.mark_degraded()
-                    cache.emit_hit(context, "backend", stale=True)
-                    return self._codec.value(old)
-                raise
-            await self._store(flight, key, value, context.clock.monotonic() - began)
-            return value
-        finally:
-            del flight  # an error's traceback leads to this frame
+    async def _read(
+        self, key: bytes, tags: frozenset[str], context: WorkflowContext
+    ) -> tuple[bytes | None, list[bytes | None]]:
+        async def read() -> Any:
+            return await self._backend.get(await self._name(key))
 
-    async def _store(self, flight: Flight, key: bytes, value: Any, cost: float) -> None:
-        cache, context = self._cache, flight.context
-        encoded = codec.encode(value)
-        if encoded is None:
-            cache.emit_bypassed(context, "backend", f"JSON cannot carry this {type(value).__qualname__}")
-            return
-        now, lifetime = context.clock.time(), cache.lifetime()
-        blob = self._codec.seal(
-            key,
-            encoded,
-            identity=os.urandom(8),
-            created=now,
-            fresh_until=now + (lifetime if cache.soft_ttl is None else min(cache.soft_ttl, lifetime)),
-            expires_at=now + lifetime,
-            cost=cost,
-            versions=(),
-            degraded=context.degraded,
-        )
-        if blob is None:
-            cache.emit_bypassed(context, "backend", f"a result of {len(encoded[1])} bytes is too large")
-            return
-        try:
+        blob = await self._ask(read())
+        return (blob if blob is None or isinstance(blob, bytes) else b""), []
+
+    async def _attempt(
+        self, key: bytes, tags: frozenset[str], seen: bytes, context: WorkflowContext
+    ) -> Lease | tuple[bytes, list[bytes | None]] | None:
+        return Lease()
+
+    async def _put(
+        self, lease: Lease, key: bytes, tags: frozenset[str], blob: bytes, keep: float, flight: Flight
+    ) -> bool:
+        async def put() -> bool:
             name = await self._name(key)
-            if _revoked(flight):
-                return
-            await self._within(self._backend.set(name, blob, lifetime + cache.stale_if_error))
-            if _revoked(flight):  # while we wrote
-                await self._within(self._backend.delete(name))
-                return
-        except Exception as error:  # of a store of which we know nothing
-            cache.emit_bypassed(context, "backend", type(error).__qualname__)
-        else:
-            cache.emit_stored(context, "backend", lifetime)
+            await self._backend.set(name, blob, keep)
+            if flight.revoked:  # while we wrote
+                await self._backend.delete(name)
+                return False
+            return True
 
-    async def _within(self, answer: Awaitable[Any]) -> Any:
-        async with asyncio.timeout(_LIMIT):
-            return await answer
+        return await self._ask(put())
 
     # ---- forgetting --------------------------------------------------------------------------------------------------
 
     async def forget_key(self, key: bytes) -> None:
-        with self._cache.guard.lock:
-            self._cache.flights.revoke(key)
-        await self._told(lambda name: self._backend.delete(name), key)
+        self._revoke(key)
+
+        async def forget() -> None:
+            await self._backend.delete(await self._name(key))
+
+        await self._told(forget())
 
     async def forget_tags(self, tags: frozenset[str]) -> None:
         """Do nothing: without tags of its own, this layer holds nothing that carries one."""
 
     async def forget_all(self) -> None:
-        with self._cache.guard.lock:
-            self._cache.flights.revoke_all()
+        self._revoke_all()
         epoch = os.urandom(8).hex()
-        # A year: longer than any result can live that the old epoch named.
-        await self._told(lambda _: self._backend.set(self._epoch_key, epoch.encode(), 365 * 86_400.0), b"")
+        await self._told(self._backend.set(self._epoch_key, epoch.encode(), _LONG))
         self._epoch = epoch
 
-    async def _told(self, tell: Callable[[str], Awaitable[Any]], key: bytes) -> None:
+    async def _told(self, tell: Awaitable[None]) -> None:
         try:
-            await self._within(tell(await self._name(key)))
-        except Exception as error:  # of a store of which we know nothing
+            await self._ask(tell)
+        except Bypass as bypass:
             raise ConnectionError(
-                f"{type(self._backend).__name__} could not be told of an invalidation: {type(error).__name__}"
-            ) from error
-
-
-def _revoked(flight: Flight) -> bool:
-    return flight.revoked
+                f"{type(self._backend).__name__} could not be told of an invalidation: {bypass.detail}"
+            ) from bypass.__cause__
 
 
 def _claims_of(backend: Any) -> dict[Any, Any]:

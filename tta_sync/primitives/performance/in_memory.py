@@ -93,7 +93,7 @@ class MemoryLayer:
             context.mark_degraded()
         if now >= entry.fresh_until:
             work = partial(self._compute, key=key, known=known, data=data)
-            cache.refresh(key, context, self._tags(data, known, context), work)
+            cache.refresh(key, context, self._tags(data, known, context), "memory", work)
         return entry.copy()
 
     # ---- computing ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,9 @@ class MemoryLayer:
             try:
                 value = await primitive._run(data, context)
             except Exception as error:
-                if old is not None and not old.error and old.expires_at <= clock.monotonic() < old.keep_until:
+                if old is not None and not old.error and clock.monotonic() < old.expires_at:
+                    raise  # a refresh that failed: the result in use is good enough
+                if old is not None and not old.error and clock.monotonic() < old.keep_until:
                     context.mark_degraded()
                     flight.snapshot = Snapshot(old.stored, old.load, old.size)
                     cache.emit_hit(context, "memory", stale=True)

@@ -26,18 +26,17 @@ import math
 import os
 import re
 from collections.abc import Callable, Coroutine
-from functools import partial
 from hashlib import sha1
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError, LoopUnavailableError
 from tta_sync.primitives.core.base import WorkflowPrimitive
-from tta_sync.primitives.performance import codec, keys
-from tta_sync.primitives.performance.codec import Codec, Envelope, Undecodable
+from tta_sync.primitives.performance import codec
+from tta_sync.primitives.performance.codec import OVERHEAD, Codec, Undecodable
 from tta_sync.primitives.performance.flights import Flight
+from tta_sync.primitives.performance.shared import Bypass, Lease, SharedLayer
 from tta_sync.primitives.performance.stores import RedisBackend
 from tta_sync.primitives.performance.wire import LIMIT, Endpoint, Link, Oversized, RedisDown, Refused
 
@@ -45,12 +44,9 @@ if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive
 
 LOCK_LIFE = 5.0  # seconds; renewed at a third of it
-_PATIENCE = (0.002, 0.05)  # seconds between looks at another process's computation: first, and at most
 _FORGET_LIMIT = 1.0  # seconds for an invalidation, which may not be skipped
 _PART_OF_REMAINING = 0.1  # of the time that a call has left, for one question to Redis
 _MAX_SWEEPS = 1000
-_MAX_NAMES = 4096
-_SEEN = 64  # bytes by which a result is known again; its random id is among them
 
 
 class Script:
@@ -138,7 +134,7 @@ return number
 """)
 
 
-class Lease:
+class LockLease(Lease):
     """The lock of one computation, renewed until it ends (loop thread only)."""
 
     def __init__(self, link: Link, lock: bytes, token: bytes, versions: tuple[int, ...]) -> None:
@@ -160,46 +156,29 @@ class Lease:
             self._timer = None
 
     def release(self) -> None:
-        """Let others compute; nobody waits for Redis here."""
         self.stop()
-        self.link.post("EVAL", _RELEASE.text, 1, self.lock, self.token)
+        release(self.link, self.lock, self.token)
 
 
-class RedisLayer:
+def release(link: Link, lock: bytes, token: bytes) -> None:
+    """Give a lock back if it is still *token*'s; nobody waits for Redis here."""
+    link.post("EVAL", _RELEASE.text, 1, lock, token)
+
+
+class RedisLayer(SharedLayer):
     """Answer from Redis, or compute once for all processes that ask at the same time."""
 
+    label = "redis"
+
     def __init__(self, cache: CachePrimitive[Any, Any], storage: Any, claim: Callable[[dict[Any, Any]], str]) -> None:
-        self._cache = cache
         self._endpoint, prefix = resolve(storage)
+        super().__init__(cache, prefix, claim(self._endpoint.claims))
         bounds = self._endpoint.bounds
         bounds.max_bytes = max(bounds.max_bytes, 2 * cache.max_value_bytes)
-        namespace, version = claim(self._endpoint.claims), cache.version
-        self._head = f"{prefix}{keys.SCHEMA}:"
-        self._tail = keys.prefix(namespace, version)
-        control = f"{self._head}#:{self._tail}"
-        self._epoch = f"{control}epoch".encode()
-        self._tag = f"{control}tag:"
-        self._news = f"{control}news".encode()
-        self._codec = Codec(cache.secret, cache.max_value_bytes, cache.compress_above)
-        self._names: dict[bytes, bytes] = {}  # exact form -> key, for calls that come again and again
-        self._chance = Random()  # noqa: S311  # spreads load, keeps no secret
+        self._epoch = f"{self._control}epoch".encode()
+        self._tag = f"{self._control}tag:"
+        self._news = f"{self._control}news".encode()
         self._last_news: int | None = None
-
-    # ---- keys --------------------------------------------------------------------------------------------------------
-
-    def key(self, known: Any, tenant: str | None) -> bytes:
-        form = keys.exact_form(known, tenant)
-        if form is not None:
-            name = self._names.get(form)
-            if name is not None:
-                return name
-        digest = keys.digest(known, self._cache.key_argument).hex()
-        name = f"{self._head}{keys.prefix(tenant)}{self._tail}{digest}".encode()
-        if form is not None and keys.is_plain(known) and not keys.holds_bytes(known):
-            if len(self._names) >= _MAX_NAMES:
-                self._names.clear()
-            self._names[form] = name
-        return name
 
     def _counters(self, tags: frozenset[str]) -> tuple[bytes, ...]:
         if not tags:
@@ -212,244 +191,66 @@ class RedisLayer:
         key = self.key(cache.known(data, context), context.tenant)
         return cache.tags_for(data, context) | {_trace(key)}
 
-    # ---- answering ---------------------------------------------------------------------------------------------------
+    # ---- asking Redis ------------------------------------------------------------------------------------------------
 
-    async def answer(self, data: Any, known: Any, context: WorkflowContext) -> Any:
-        cache = self._cache
-        key = self.key(known, context.tenant)
-        tags = cache.tags_for(data, context)
-        counters = self._counters(tags)
-        reason, seen, old = "absent", b"", None
+    async def _read(
+        self, key: bytes, tags: frozenset[str], context: WorkflowContext
+    ) -> tuple[bytes | None, list[bytes | None]]:
         try:
-            blob, *versions = await self._endpoint.link.ask("MGET", key, *counters, limit=_limit(context))
-            if blob is not None:
-                seen = blob[:_SEEN]
-                old = self._codec.open(key, blob)
-                reason = self._fault(old, versions, context)
-                if not reason:
-                    return self._from(old, seen, key, tags, counters, data, context)
-                if reason != "expired":
-                    old = None
-        except RedisDown as down:
-            reason = "down"
-            cache.emit_bypassed(context, "redis", down.reason)
-        except Refused as refused:
-            reason = "refused"
-            cache.emit_bypassed(context, "redis", refused.code)
-        except Oversized:
-            reason = "oversized"
-        except Undecodable as undecodable:
-            reason, old = undecodable.reason, None
-        if reason == "expired":
-            with cache.guard.lock:
-                cache.expirations += 1
-        cache.count_miss(context, "redis", reason)
-        primitive = cache.primitive
-        assert primitive is not None
-        work = partial(self._compute, key=key, counters=counters, data=data, seen=seen, old=old)
-        return await cache.flights.share(key, context, tags, cache.label, work, lambda: primitive._run(data, context))
+            blob, *versions = await self._endpoint.link.ask("MGET", key, *self._counters(tags), limit=_limit(context))
+        except (RedisDown, Refused, Oversized) as error:
+            raise _bypass(error) from None
+        return blob, versions
 
-    def _fault(self, envelope: Envelope, versions: list[bytes | None], context: WorkflowContext) -> str:
-        """Say why a stored result does not count any more, "" if it does."""
-        if [b"%d" % version for version in envelope.versions] != versions:
-            return "invalidated"
-        return "expired" if context.clock.time() >= envelope.expires_at else ""
-
-    def _from(
-        self,
-        envelope: Envelope,
-        seen: bytes,
-        key: bytes,
-        tags: frozenset[str],
-        counters: tuple[bytes, ...],
-        data: Any,
-        context: WorkflowContext,
-    ) -> Any:
-        """Return what is inside, counted as a hit; start a refresh where it is due."""
-        cache = self._cache
-        value = self._codec.value(envelope)
-        error = self._error(value) if envelope.is_error else None
-        now = context.clock.time()
-        stale = now >= envelope.fresh_until
-        cache.count_hit(context, "redis", stale)
-        if error is not None:
-            raise error
-        if envelope.degraded:
-            context.mark_degraded()
-        if stale or (cache.xfetch_beta and now >= cache.early(envelope.expires_at, envelope.cost)):
-            work = partial(self._compute, key=key, counters=counters, data=data, seen=seen, old=None, refresh=True)
-            cache.refresh(key, context, tags, work)
-        return value
-
-    def _error(self, value: Any) -> Exception:
-        """Build a remembered error again, of no type but those that the cache was told to remember."""
-        try:
-            name, arguments = value
-            for kind in self._cache.negative_for:
-                if name == f"{kind.__module__}.{kind.__qualname__}":
-                    return kind(*arguments)
-        except Exception:  # whatever the type's constructor raises
-            raise Undecodable("corrupt") from None
-        raise Undecodable("foreign")
-
-    # ---- computing ---------------------------------------------------------------------------------------------------
-
-    async def _compute(
-        self,
-        flight: Flight,
-        key: bytes,
-        counters: tuple[bytes, ...],
-        data: Any,
-        seen: bytes,
-        old: Envelope | None,
-        refresh: bool = False,
-    ) -> Any:
-        lease: Lease | None = None
-        try:
-            cache, context = self._cache, flight.context
-            primitive = cache.primitive
-            assert primitive is not None
-            value, found, lease = await self._acquire(flight, key, counters, seen, refresh)
-            if found is not None:
-                if found.degraded:
-                    context.mark_degraded()
-                if found.is_error:
-                    raise self._error(value)
-                return value
-            if refresh and lease is None:
-                return None  # another process is at it, or Redis is gone: the result in use is good enough
-            began = context.clock.monotonic()
-            try:
-                value = await primitive._run(data, context)
-            except Exception as error:
-                if old is not None and context.clock.time() < old.expires_at + cache.stale_if_error:
-                    context.mark_degraded()
-                    cache.emit_hit(context, "redis", stale=True)
-                    return self._codec.value(old)
-                if lease is not None and cache.negative_ttl is not None and type(error) in cache.negative_for:
-                    encoded, lifetime = codec.encode_error(error), cache.negative_ttl
-                    if encoded is not None:
-                        lease = await self._store(flight, lease, key, counters, encoded, lifetime, 0.0)
-                raise
-            if lease is not None:
-                encoded = codec.encode(value)
-                if encoded is None:
-                    cache.emit_bypassed(context, "redis", f"JSON cannot carry this {type(value).__qualname__}")
-                else:
-                    cost = context.clock.monotonic() - began
-                    lease = await self._store(flight, lease, key, counters, encoded, cache.lifetime(), cost)
-            return value
-        finally:
-            if lease is not None:
-                lease.release()
-            del flight  # an error's traceback leads to this frame
-
-    async def _acquire(
-        self, flight: Flight, key: bytes, counters: tuple[bytes, ...], seen: bytes, refresh: bool
-    ) -> tuple[Any, Envelope | None, Lease | None]:
-        """Return what another process has stored by now, or the lock, or neither where Redis cannot help."""
-        cache, context = self._cache, flight.context
-        link = self._endpoint.link
-        if link.down:
-            return None, None, None
+    async def _attempt(
+        self, key: bytes, tags: frozenset[str], seen: bytes, context: WorkflowContext
+    ) -> Lease | tuple[bytes, list[bytes | None]] | None:
+        cache, link = self._cache, self._endpoint.link
         lock, token = key + b":lock", os.urandom(12).hex().encode()
-        give_up = link.loop.time() + cache.max_wait
-        pause, longest = _PATIENCE
-        keep = math.ceil((cache.ttl + cache.stale_if_error + cache.max_wait + 60.0) * 1000)
-        first = int(SYSTEM_CLOCK.time() * 1e6)
         try:
-            while True:
-                answer, *parts = await _ACQUIRE.run(
-                    link,
-                    (lock, key, *counters),
-                    token,
-                    int(LOCK_LIFE * 1000),
-                    first,
-                    self._codec.max_bytes + 10_000,
-                    seen,
-                    keep,
-                    limit=_limit(context),
-                )
-                if answer == b"lock":
-                    return None, None, Lease(link, lock, token, tuple(map(int, parts)))
-                if answer == b"result":
-                    blob, *versions = parts
-                    seen = blob[:_SEEN]
-                    try:
-                        found = self._codec.open(key, blob)
-                        now = context.clock.time()
-                        if not self._fault(found, versions, context) and not (refresh and now >= found.fresh_until):
-                            return self._codec.value(found), found, None
-                    except Undecodable:
-                        pass
-                    continue  # with what was seen, the script goes on to the lock
-                if refresh or link.loop.time() >= give_up:
-                    return None, None, None
-                await asyncio.sleep(pause * (0.5 + self._chance.random()))
-                pause = min(pause * 1.5, longest)
-        except RedisDown as down:
-            cache.emit_bypassed(context, "redis", down.reason)
-        except Refused as refused:
-            cache.emit_bypassed(context, "redis", refused.code)
-        except Oversized:
-            cache.emit_bypassed(context, "redis", "oversized")
-        return None, None, None
+            answer, *parts = await _ACQUIRE.run(
+                link,
+                (lock, key, *self._counters(tags)),
+                token,
+                int(LOCK_LIFE * 1000),
+                int(SYSTEM_CLOCK.time() * 1e6),
+                self._codec.max_bytes + OVERHEAD,
+                seen,
+                math.ceil((cache.ttl + cache.stale_if_error + cache.max_wait + 60.0) * 1000),
+                limit=_limit(context),
+            )
+        except BaseException as error:
+            # The command may be on its way, and get the lock after all.
+            release(link, lock, token)
+            if isinstance(error, (RedisDown, Refused, Oversized)):
+                raise _bypass(error) from None
+            raise
+        if answer == b"lock":
+            return LockLease(link, lock, token, tuple(map(int, parts)))
+        return None if answer == b"busy" else (parts[0], parts[1:])
 
-    async def _store(
-        self,
-        flight: Flight,
-        lease: Lease,
-        key: bytes,
-        counters: tuple[bytes, ...],
-        encoded: tuple[int, bytes],
-        lifetime: float,
-        cost: float,
-    ) -> Lease | None:
-        """Store a result, if it still may be; return the lease where it is yet to be released."""
-        cache, context = self._cache, flight.context
-        now = context.clock.time()
-        blob = self._codec.seal(
-            key,
-            encoded,
-            identity=os.urandom(8),
-            created=now,
-            fresh_until=now + (lifetime if cache.soft_ttl is None else min(cache.soft_ttl, lifetime)),
-            expires_at=now + lifetime,
-            cost=cost,
-            versions=lease.versions,
-            degraded=context.degraded,
-        )
-        if blob is None:
-            cache.emit_bypassed(context, "redis", f"a result of {len(encoded[1])} bytes is too large")
-            return lease
-        if flight.revoked:
-            return lease
-        lease.stop()
+    async def _put(
+        self, lease: Lease, key: bytes, tags: frozenset[str], blob: bytes, keep: float, flight: Flight
+    ) -> bool:
+        assert isinstance(lease, LockLease)
         try:
             stored = await _STORE.run(
                 lease.link,
-                (lease.lock, key, *counters),
+                (lease.lock, key, *self._counters(tags)),
                 lease.token,
                 blob,
-                math.ceil((lifetime + cache.stale_if_error) * 1000),
+                math.ceil(keep * 1000),
                 *lease.versions,
-                limit=_limit(context),
+                limit=_limit(flight.context),
             )
-        except RedisDown as down:
-            cache.emit_bypassed(context, "redis", down.reason)
-            return lease
-        except Refused as refused:
-            cache.emit_bypassed(context, "redis", refused.code)
-            return lease
-        if stored:
-            cache.emit_stored(context, "redis", lifetime)
-        return None
+        except (RedisDown, Refused, Oversized) as error:
+            raise _bypass(error) from None
+        return bool(stored)
 
     # ---- forgetting --------------------------------------------------------------------------------------------------
 
     async def forget_key(self, key: bytes) -> None:
-        with self._cache.guard.lock:
-            self._cache.flights.revoke(key)
+        self._revoke(key)
         await self._forget("drop", (key, key + b":lock"), "k " + key.decode())
 
     async def forget_tags(self, tags: frozenset[str]) -> None:
@@ -458,8 +259,7 @@ class RedisLayer:
         await self._forget("step", self._counters(tags)[1:], "t " + "\0".join(sorted(tags)))
 
     async def forget_all(self) -> None:
-        with self._cache.guard.lock:
-            self._cache.flights.revoke_all()
+        self._revoke_all()
         await self._forget("step", (self._epoch,), "a ")
         await self._sweep()
 
@@ -646,6 +446,12 @@ def from_sync(work: Callable[[], Coroutine[Any, Any, Any]], name: str, remedy: s
 
 def _no_glob(text: str) -> str:
     return re.sub(r"([\\*?\[\]^])", r"\\\1", text)
+
+
+def _bypass(error: RedisDown | Refused | Oversized) -> Bypass:
+    if isinstance(error, RedisDown):
+        return Bypass("down", error.reason)
+    return Bypass("refused", error.code) if isinstance(error, Refused) else Bypass("oversized", "oversized")
 
 
 def _trace(key: bytes) -> str:

@@ -16,9 +16,13 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 LIMIT = 0.1  # seconds for connecting and asking together
+_LATE = 0.005  # seconds by which a timer may be late on a healthy loop
+_MAX_EXTRA = 2.0  # seconds that a question may get on a loop that is not
 _PROBE_LIMIT = 1.0
 _PROBE_PAUSE = (0.05, 1.0)  # seconds between knocks: first, and at most
 _MAX_LINE = 65_536
@@ -61,6 +65,37 @@ def pack(parts: tuple[bytes | str | int, ...]) -> bytes:
     return b"".join(out)
 
 
+class _Patience:
+    """Call *expire* at *due*, unless it was this loop that was late, and not the server.
+
+    A loop that is held up (by blocking code, by threads that fight for the interpreter, by a crowded machine) sees its
+    own timers late, and answers that have long been here later still. It gets more time, within reason.
+    """
+
+    __slots__ = ("_due", "_expire", "_extra", "_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, due: float, expire: Callable[[], None]) -> None:
+        self._loop = loop
+        self._due = due
+        self._expire = expire
+        self._extra = _MAX_EXTRA
+        self._handle = loop.call_at(due, self._fire)
+
+    def _fire(self) -> None:
+        now = self._loop.time()
+        late = now - self._due
+        if late <= _LATE or self._extra <= 0:
+            self._expire()
+            return
+        more = min(2 * late + _LATE, self._extra)
+        self._extra -= more
+        self._due = now + more
+        self._handle = self._loop.call_at(self._due, self._fire)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+
 class Bounds:
     """What a server may take: seconds for an answer, and bytes of one."""
 
@@ -82,10 +117,11 @@ class Wire(asyncio.Protocol):
         self._chunks: list[bytes] = []  # what arrived since, while a long reply is not complete
         self._missing = 0
         self._bounds = bounds
-        self._watch: asyncio.TimerHandle | None = None
+        self._watch: _Patience | None = None
         self._lost: Callable[[Wire, Exception], None] | None = lost
         self._on_push = on_push
         self.answered = False
+        self._failed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -98,11 +134,14 @@ class Wire(asyncio.Protocol):
         """Send a command; return the future of its reply."""
         assert self._transport is not None
         future: asyncio.Future[Any] = self._loop.create_future()
+        if self._failed:
+            future.set_exception(RedisDown("the connection was lost"))
+            return future
         now = self._loop.time()
         self._waiting.append((future, now))
         self._transport.write(pack(parts))
         if self._watch is None:
-            self._watch = self._loop.call_at(now + self._bounds.limit, self._check)
+            self._watch = _Patience(self._loop, now + self._bounds.limit, self._check)
         return future
 
     def _check(self) -> None:
@@ -113,11 +152,12 @@ class Wire(asyncio.Protocol):
             if self._loop.time() >= due - 0.001:
                 self.fail(TimeoutError("the server did not answer in time"))
             else:
-                self._watch = self._loop.call_at(due, self._check)
+                self._watch = _Patience(self._loop, due, self._check)
 
     def fail(self, error: Exception) -> None:
         """Drop the connection and tell all who wait on it."""
         lost, self._lost = self._lost, None
+        self._failed = True
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -249,19 +289,32 @@ class Link:
             Refused: the reply is an error.
             Oversized: the reply is too large.
         """
+        common = self._bounds.limit
         wire = self._wire
-        if wire is not None and (limit is None or limit >= self._bounds.limit):
-            return await wire.ask(parts)  # the wire itself keeps the common limit
-        if self._probing is not None and not force:
-            raise RedisDown(self.reason)
+        if wire is None:
+            if self._probing is not None and not force:
+                raise RedisDown(self.reason)
+            began = self.loop.time()
+            wire = await self._open(limit)
+            left = common if limit is None else limit
+            limit = max(left - (self.loop.time() - began), left / 2)
+        future = wire.ask(parts)
+        if limit is None or limit >= common:
+            return await future  # the wire itself keeps the common limit
+        return await self._within(limit, future)
+
+    async def _within(self, limit: float, future: asyncio.Future[T]) -> T:
+        """Wait for *future* no longer than *limit*; whether the server is down, the wire will know by its own limit."""
+
+        def give_up() -> None:
+            if not future.done():
+                future.set_exception(RedisDown("no answer in the time that this call has left"))
+
+        timer = _Patience(self.loop, self.loop.time() + limit, give_up)
         try:
-            async with asyncio.timeout(self._bounds.limit if limit is None else limit):
-                if wire is None:
-                    wire = await self._open()
-                return await wire.ask(parts)
-        except TimeoutError:
-            # Whether the server is down, the wire will know when its own limit is reached.
-            raise RedisDown("no answer in the time that this call has left") from None
+            return await future
+        finally:
+            timer.cancel()
 
     def post(self, *parts: bytes | str | int) -> None:
         """Send a command whose answer nobody needs; nothing is sent where no connection is open."""
@@ -273,13 +326,15 @@ class Link:
         """The open connection, if there is one."""
         return self._wire
 
-    async def _open(self) -> Wire:
+    async def _open(self, limit: float | None = None) -> Wire:
         opening = self._opening
         if opening is None:
             opening = self._opening = self.loop.create_task(self._connect(), name="tta_sync redis connection")
             opening.add_done_callback(self._opened)
         try:
-            return await asyncio.shield(opening)
+            if limit is None or limit >= self._bounds.limit:
+                return await asyncio.shield(opening)
+            return await self._within(limit, asyncio.shield(opening))
         except (OSError, EOFError, ValueError, RedisDown, Refused, Oversized) as error:
             raise RedisDown(str(error) or type(error).__name__) from None
 
@@ -287,8 +342,24 @@ class Link:
         if self._closer is None:
             self._closer = self._close_with_loop()
             await anext(self._closer)
-        async with asyncio.timeout(self._bounds.limit if self._probing is None else _PROBE_LIMIT):
+        task = asyncio.current_task()
+        assert task is not None
+        expired: list[bool] = []
+
+        def give_up() -> None:
+            expired.append(True)
+            task.cancel()
+
+        limit = self._bounds.limit if self._probing is None else _PROBE_LIMIT
+        timer = _Patience(self.loop, self.loop.time() + limit, give_up)
+        try:
             return await self._dial(lambda: Wire(self._bounds, self._lost, self._on_push))
+        except asyncio.CancelledError:
+            if expired:
+                raise TimeoutError("the server did not answer in time") from None
+            raise
+        finally:
+            timer.cancel()
 
     def _opened(self, task: asyncio.Task[Wire]) -> None:
         self._opening = None
