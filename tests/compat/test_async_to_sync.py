@@ -26,6 +26,8 @@ import pytest
 from asgiref.local import Local
 from asgiref.sync import sync_to_async
 
+from tests.runtime.test_every_point import POINTS, Tracer, strike
+from tests.runtime.test_every_point import Strike as Struck
 from tta_sync import caller_step, current_context, run_on_caller
 from tta_sync.context import current_caller
 from tta_sync.exceptions import (
@@ -466,7 +468,12 @@ def test_work_comes_from_a_foreign_loop_when_it_runs_below(facade: SyncFacade) -
         return await on_caller()
 
     async def ask() -> int:
-        return await sync_to_async(asyncio.run, thread_sensitive=False)(foreign())
+        there = await sync_to_async(asyncio.run, thread_sensitive=False)(foreign())
+        executor = asgiref.sync.AsyncToSync.executors.current
+        async with asyncio.timeout(PATIENCE):
+            while executor._foreign or executor.pending:  # a long call would grow with all the work that it has done
+                await asyncio.sleep(0.001)
+        return there
 
     assert facade.async_to_sync(ask)() == here()
 
@@ -940,7 +947,9 @@ def test_work_that_waits_its_turn_is_refused_when_the_call_is_interrupted(facade
     assert ran == []
 
 
-def test_left_over_work_is_told_that_its_caller_has_gone_when_the_call_is_interrupted(facade: SyncFacade) -> None:
+def test_left_over_work_is_told_that_its_caller_has_gone_when_the_call_is_interrupted(
+    facade: SyncFacade, caplog: pytest.LogCaptureFixture
+) -> None:
     """Work of a task that nobody cancels, and of a foreign loop, is not left waiting; cancelled work is forgotten."""
     refused: list[type[BaseException]] = []
     told, foreign_told, hold = threading.Event(), threading.Event(), threading.Event()
@@ -978,6 +987,8 @@ def test_left_over_work_is_told_that_its_caller_has_gone_when_the_call_is_interr
     assert told.wait(PATIENCE)
     assert foreign_told.wait(PATIENCE)
     assert refused == [NoCallerError, NoCallerError]
+    facade.call_sync(asyncio.wait, kept)
+    assert [record for record in caplog.records if "Exception in callback" in record.getMessage()] == []
 
 
 def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() -> None:
@@ -1012,6 +1023,80 @@ def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() ->
     finally:
         left.set()
         facade.shutdown(1.0)
+
+
+async def _short() -> int:
+    await asyncio.sleep(0)
+    return 42
+
+
+async def _with_work() -> int:
+    return sum(await asyncio.gather(sync_to_async(int)("20"), sync_to_async(int)("22")))
+
+
+async def _with_a_nested_call() -> int:
+    nested: int = await sync_to_async(asgiref.sync.async_to_sync(_short))()
+    return nested
+
+
+class _Instance:
+    """An object that is called as *function* is."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    async def __call__(self) -> Any:
+        return await self.function()
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        pytest.param(lambda function: function, _short, id="a coroutine function"),
+        pytest.param(lambda function: function, _with_work, id="with work for the caller"),
+        pytest.param(lambda function: function, _with_a_nested_call, id="with a nested call"),
+        pytest.param(functools.partial, _short, id="a partial"),
+        pytest.param(_Instance, _short, id="a callable object"),
+        # What a function has just returned nobody can hold on to when an interrupt lands there.
+        pytest.param(
+            lambda function: lambda: function(),
+            _short,
+            id="a function",
+            marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:async_to_sync was passed:UserWarning")
+def test_everything_is_as_it_was_when_an_interrupt_lands_at_any_point(
+    threaded: SyncFacade, eventually: Callable[..., Any], form: Callable[[Any], Any], body: Callable[[], Any]
+) -> None:
+    """Wherever on the caller's way an interrupt lands: it comes out, nothing runs on, nothing is left un-awaited."""
+    running: list[None] = []
+
+    async def counted() -> int:
+        running.append(None)
+        try:
+            result: int = await body()
+        finally:
+            running.pop()
+        return result
+
+    call = threaded.async_to_sync(form(counted))
+    assert call() == 42
+    for at in range(1, POINTS):
+        came_out = None
+        with Tracer(at, strike) as tracer:
+            try:
+                contextvars.copy_context().run(call)
+            except Struck as error:
+                came_out = error
+        if tracer.where is None:
+            break
+        assert came_out is not None, f"struck at {tracer.where}: the interrupt was lost"
+        eventually(lambda: not running, what=f"the end of the coroutine struck at {tracer.where}")
+        assert call() == 42, tracer.where
+    assert at > 12, "the tracer found no points: it tests nothing"
+    gc.collect()  # complains of a coroutine that was never awaited
 
 
 # ---------------------------------------------------------------------------------------------- as every other call
