@@ -359,6 +359,7 @@ def test_queued_work_finds_the_outer_caller_when_the_inner_was_interrupted(facad
         return await tasks[0]
 
     assert facade.async_to_sync(outer)() == here()
+    assert facade.stats().orphans == 0, "the nested call has waited for its own caller"
 
 
 def test_an_error_like_ours_is_the_codes_own_when_that_has_run(facade: SyncFacade) -> None:

@@ -175,13 +175,14 @@ class CallerExecutor(CurrentThreadExecutor):
         return running
 
     def close(self) -> bool:
-        """Take no more work, since the coroutine has ended; say whether some is under way. Loop thread only."""
+        """Take no more work, since the coroutine has ended; say whether to :meth:`finish` some. Loop thread only."""
         self._open = False
         if _get_running_loop() is not self._loop:
             return False  # the loop has died, and the garbage collector closes the coroutine, wherever that runs
         sync.AsyncToSync.executors.current = self._old_executor
         self.context = contextvars.copy_context()
-        return bool(self.pending)
+        # A caller that gives up does no more work: what is under way finds another, who may wait for this call to end.
+        return bool(self.pending) and self._caller is not None and self._caller.why is None
 
     async def finish(self) -> None:
         """See the work done that was taken, though the coroutine did not wait for it. So does asgiref."""
