@@ -152,6 +152,11 @@ async def its_state(data: Any, context: WorkflowContext) -> Any:
     return context.state
 
 
+@step
+async def state_of(data: Any, context: WorkflowContext) -> Any:
+    return context.state
+
+
 @workflow_job("default")
 def enqueues_another(data: Any, context: WorkflowContext) -> Any:
     """Run another job inline, as tests do, and say whose context was whose."""

@@ -365,6 +365,9 @@ def test_workflow_sees_the_state_that_travelled(client: Redis) -> None:
     finally:
         del globals()["made_here"]
 
+    meta = {"tta_sync": {"context": {"state": {"k": 2}}}}
+    assert value(queue.enqueue("tests.seams.rq_jobs.state_of", None, meta=meta)) == {"k": 2}
+
     class Twice:
         def run(self, fn: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
             fn(*args, **keywords)["k"] = "left behind"
