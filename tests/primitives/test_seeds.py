@@ -6,6 +6,7 @@ import asyncio
 import functools
 import importlib
 import re
+import subprocess
 import sys
 import urllib.parse
 import urllib.request
@@ -159,29 +160,38 @@ def test_celery_task_runs_as_written() -> None:
     assert result == {"batch_id": "b7", "rows": 3, "score": 0.5, "stored_by": "b7"}
 
 
-def test_rq_job_runs_as_written(redis_by_default: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The async job that the snippet enqueues runs on a worker with our job class, on the managed loop."""
-    from rq import SimpleWorker
-
-    from tta_sync.rq import WorkflowJob
-
-    # A job must be importable by its worker: the snippet is a module, with the names it leaves open on top.
-    (tmp_path / "rq_snippet.py").write_text(
+def test_rq_job_runs_as_written(
+    redis_by_default: redis.Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The async job that the snippet enqueues runs on a stock worker with our job class, on the managed loop."""
+    # A job must be importable by its worker: the snippet's first part is a module, below the names it leaves open.
+    (tmp_path / "names.py").write_text(
         "from tta_sync.primitives import WorkflowContext, step\n"
         "workflow = step(lambda data: {**data, 'done': True})\n"
-        "job_data = {'document': 4}\n" + snippet("Redis Queue Integration")
+        "job_data = {'document': 4}\n"
     )
+    job = snippet("Redis Queue Integration").partition("# Enqueue jobs")[0]
+    (tmp_path / "rq_snippet.py").write_text("from names import *\n" + job)
     monkeypatch.syspath_prepend(tmp_path)
+    module = vars(importlib.import_module("rq_snippet"))
     try:
-        names = vars(importlib.import_module("rq_snippet"))
-        worker = SimpleWorker([names["q"]], connection=redis_by_default, job_class=WorkflowJob)
-        monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)
-        worker.work(burst=True)
-        names["job"].refresh()
-        assert names["job"].get_status() == "finished"
-        assert names["job"].return_value() == {"document": 4, "done": True}
+        exec(snippet("Redis Queue Integration").partition("# Enqueue jobs")[2], module)
+        worker = [str(Path(sys.executable).parent / "rq"), "worker", "--burst", "--url", redis_url]
+        done = subprocess.run(
+            [*worker, "--path", str(tmp_path), "--job-class", "tta_sync.rq.WorkflowJob", "default"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        module["job"].refresh()
+        assert module["job"].get_status() == "finished"
+        assert module["job"].return_value() == {"document": 4, "done": True}
     finally:
-        sys.modules.pop("rq_snippet", None)
+        for name in "rq_snippet", "names":
+            sys.modules.pop(name, None)
 
 
 def test_sqlalchemy_workflow_runs_as_written() -> None:
