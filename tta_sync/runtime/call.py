@@ -147,6 +147,10 @@ class Call:
                     context.deadline.struck = True  # a breaker inside will ask why it was cancelled
             self.task.cancel()
 
+    def step_left_behind(self) -> None:
+        """Count a step of this call that ran on after it was cut. Loop thread only."""
+        self.loop.totals.add("orphans")
+
     def finish(self, result: Any, error: BaseException | None) -> None:
         """Hand the outcome to the caller. Loop thread only, or whoever buries a dead loop."""
         if self.deadline is not None and self.why is None and time.monotonic() >= self.deadline:

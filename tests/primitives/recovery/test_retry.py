@@ -742,6 +742,7 @@ REPLAYABLE = [
     (ONCE >> FREE, NEVER),
     (ONCE | FREE, NEVER),
     (FallbackPrimitive(FREE, ONCE), NEVER),
+    (FallbackPrimitive(ONCE, FREE), NOT_SENT),
     (FREE >> TimeoutPrimitive(FREE >> ONCE, 1), NOT_SENT),
 ]
 

@@ -9,6 +9,7 @@ import itertools
 import logging
 import pickle
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tta_sync import events
+from tta_sync import SyncFacade, events
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import (
     Deadline,
@@ -260,8 +261,6 @@ def test_error_of_a_step_that_blocked_passes_as_itself() -> None:
 
 def test_error_says_that_a_thread_cannot_be_interrupted() -> None:
     """Whoever times out over a thread_step is told that the thread runs on."""
-    import threading
-
     go_on = threading.Event()
 
     @thread_step
@@ -589,6 +588,33 @@ def test_orphan_is_logged_with_line_and_function_of_the_user(caplog: pytest.LogC
     assert "swallower.<locals>.swallow" in caplog.text
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_orphan_of_a_call_is_counted_by_its_facade(
+    loop: str, monkeypatch: pytest.MonkeyPatch, workflow_events: list[events.Event]
+) -> None:
+    """run_sync raises the step's timeout after the grace; stats() counts the orphan and an event tells of it."""
+    monkeypatch.setattr(module, "GRACE", 0.05)
+    stop = threading.Event()
+
+    async def stubborn(data: Any) -> None:
+        while not stop.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                pass
+
+    facade = SyncFacade(use_uvloop=loop == "uvloop")
+    try:
+        with pytest.raises(StepTimeoutError, match="left behind"):
+            facade.run_sync(TimeoutPrimitive(stubborn, 0.05))
+        assert facade.stats()["orphans"] == 1
+    finally:
+        stop.set()
+        facade.shutdown(5)
+    (orphaned,) = [event for event in workflow_events if isinstance(event, events.CallOrphaned)]
+    assert orphaned.step.endswith("stubborn")
+
+
 def test_orphan_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing that went wrong is swallowed, though nobody waits for it."""
 
@@ -806,6 +832,7 @@ def test_warning_when_the_inner_limit_is_the_longer_one() -> None:
     with pytest.warns(CompositionWarning, match="make the inner limit the shorter one"):
         TimeoutPrimitive(FallbackPrimitive(TimeoutPrimitive(HANG, 2.0) >> HANG, HANG), 1.0)
     TimeoutPrimitive(TimeoutPrimitive(HANG, 1.0), 2.0)
+    TimeoutPrimitive(HANG, 1.0, fallback=TimeoutPrimitive(HANG, 5.0))  # the fallback has time of its own
 
 
 def test_repr_shows_step_and_limit() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
-from tta_sync.context import Deadline, TimeLimit, WorkflowContext, time_limit
+from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition, inside
@@ -76,12 +76,14 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             )
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
         self.timeout_seconds = float(timeout_seconds)
+        limited = (self.primitive, *dict(inside(self.primitive)))
         self.fallback: WorkflowPrimitive[In, Out] | None = None if fallback is None else as_primitive(fallback)
         self.track_timeouts = track_timeouts
         if name is not None:
             self.name = name
         self._inner = self.primitive._run
-        self._in_thread = any(part.runs_on == "pool" for part in (self.primitive, *dict(inside(self.primitive))))
+        self._in_thread = any(part.runs_on == "pool" for part in limited)
+        self._limited = frozenset(map(id, limited))  # what runs under the limit: all but the fallback
         self.peek_raises = getattr(self.primitive, "peek_raises", False)
         check_composition(self)
 
@@ -92,7 +94,11 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         return f"timeout_seconds={self.timeout_seconds:g}"
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
-        if isinstance(inner, TimeoutPrimitive) and inner.timeout_seconds > self.timeout_seconds:
+        if (
+            isinstance(inner, TimeoutPrimitive)
+            and inner.timeout_seconds > self.timeout_seconds
+            and id(inner) in self._limited
+        ):
             return (
                 f"the timeout of {inner.timeout_seconds:g} s inside one of {self.timeout_seconds:g} s never fires: "
                 "make the inner limit the shorter one"
@@ -504,12 +510,17 @@ def _awaited(coroutine: Any) -> Any:
 
 
 def leave_behind(orphan: asyncio.Task[Any], coroutine: Any) -> None:
-    """Keep a task that swallowed its cancellation until it ends of itself, and say where it stands."""
+    """Keep a task that swallowed its cancellation until it ends of itself; count it, and say where it stands."""
     orphans.add(orphan)
     orphan.add_done_callback(_orphan_ended)
-    events.logger.warning(
-        "%s swallowed its cancellation for %g s and was left behind, still running", _where(coroutine), GRACE
-    )
+    count = getattr(current_caller.get(), "step_left_behind", None)
+    if count is not None:
+        count()
+    reason = f"it swallowed its cancellation for {GRACE:g} s"
+    name, place = _where(coroutine)
+    events.logger.warning("%s runs on as an orphan: %s; it stands at %s", name, reason, place)
+    if events.bus.emit is not None:
+        events.bus.emit(events.CallOrphaned(step=name, reason=reason, age=GRACE))
 
 
 def _orphan_ended(orphan: asyncio.Task[Any]) -> None:
@@ -518,8 +529,8 @@ def _orphan_ended(orphan: asyncio.Task[Any]) -> None:
         events.logger.warning("a step that was left behind ended with %r", orphan.exception())
 
 
-def _where(coroutine: Any) -> str:
-    """Say where a suspended step stands: ``file:line in function`` of the innermost frame that is the user's own."""
+def _where(coroutine: Any) -> tuple[str, str]:
+    """Return function and ``file:line`` where a suspended step stands, of its innermost frame that is the user's own."""
     innermost = None
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
@@ -527,8 +538,8 @@ def _where(coroutine: Any) -> str:
             innermost = frame
         coroutine = _awaited(coroutine)
     if innermost is None:
-        return "a step"
-    return f"{innermost.f_code.co_filename}:{innermost.f_lineno} in {innermost.f_code.co_qualname}"
+        return "a step", "an unknown place"
+    return innermost.f_code.co_qualname, f"{innermost.f_code.co_filename}:{innermost.f_lineno}"
 
 
 @functools.cache
