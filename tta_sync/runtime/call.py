@@ -118,6 +118,8 @@ class Call:
         except asyncio.CancelledError:
             work.claim()  # one that has not been started never will be; one that runs cannot be stopped
             raise
+        finally:
+            del work  # its future holds the error, whose traceback holds this frame: no cycle
         return result
 
     def has_left(self) -> bool:
