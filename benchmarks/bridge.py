@@ -135,7 +135,7 @@ def beside_a_hog(repeat: int) -> Table:
         "bridge-hog",
         "A trivial coroutine beside a CPU-bound thread",
         "µs",
-        note="A hop waits for the interpreter's lock, 5 ms at a time, whenever the other thread has got hold of it: that "
+        note="A hop waits for the interpreter's lock, 5 ms at a time, whenever the other thread has got hold of it; it "
         'shows in the mean. The goal for drive="caller" is a median below 50 µs.',
     )
     stop = threading.Event()

@@ -1,8 +1,8 @@
 """What travels with a call: its context, its deadline, and the ports through which the layers above are reached.
 
-One :class:`WorkflowContext` belongs to one call. It is shared by the steps of a sequence and copied for the branches of a
-parallel. Nothing here is thread-safe by itself: at any time only one thread, the loop's or the waiting caller's, works on
-a context.
+One :class:`WorkflowContext` belongs to one call. It is shared by the steps of a sequence and copied for the branches of
+a parallel. Nothing here is thread-safe by itself: at any time only one thread, the loop's or the waiting caller's, works
+on a context.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class WorkflowContext:
         return f"WorkflowContext(correlation_id={self.correlation_id!r}, workflow_id={self.workflow_id!r})"
 
 
-# ---- where a call stands ------------------------------------------------------------------------------------------------
+# ---- where a call stands -------------------------------------------------------------------------------------------
 
 running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_context", default=None)
 """The context of the workflow that the current task runs; set by the facade inside the task, so it never leaks out."""
@@ -310,7 +310,7 @@ def current_context() -> WorkflowContext | None:
 
 
 def cut_off(context: WorkflowContext) -> float | None:
-    """Return the moment on ``context.clock`` at which this step will be cut: deadline or time limit, the earlier one."""
+    """Return the moment on ``context.clock`` at which this step will be cut: by deadline or time limit."""
     limit = time_limit.get()
     deadline = context.deadline
     if deadline is None:
@@ -318,7 +318,7 @@ def cut_off(context: WorkflowContext) -> float | None:
     return deadline.at if limit is None or deadline.at < limit else limit
 
 
-# ---- ports: filled from above, asked from below -------------------------------------------------------------------------
+# ---- ports: filled from above, asked from below --------------------------------------------------------------------
 
 
 class Caller(Protocol):

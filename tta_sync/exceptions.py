@@ -100,7 +100,7 @@ class StepTimeoutError(_TimeoutBase):
 
 
 class DeadlineExceededError(_TimeoutBase):
-    """The deadline of the whole call has passed; ``deadline`` is what it was set to, in seconds, where that is known."""
+    """The deadline of the whole call has passed; ``deadline`` is the seconds it was set to, where that is known."""
 
     def __init__(self, deadline: float | None = None) -> None:
         of = "" if deadline is None else f" of {deadline:g} s"
@@ -125,7 +125,8 @@ class CircuitOpenError(WorkflowError):
         self.last_error = last_error
 
     def __str__(self) -> str:
-        return f"circuit {self.circuit} is open after {self.failure_count} failures; next try in {self.retry_after:.3g} s"
+        failures = f"after {self.failure_count} failures"
+        return f"circuit {self.circuit} is open {failures}; next try in {self.retry_after:.3g} s"
 
 
 CircuitBreakerError = CircuitOpenError  # TTA.dev's name
