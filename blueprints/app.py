@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import OperationalError, TimeoutError as PoolTimeoutError
 
 from blueprints import access
 from blueprints.batches import views as batches

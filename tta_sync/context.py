@@ -1,7 +1,7 @@
 """What travels with a call: its context, its deadline, and the ports through which the layers above are reached.
 
-One :class:`WorkflowContext` belongs to one call. It is shared by the steps of a sequence and copied for the branches of
-a parallel. Nothing here is thread-safe by itself: at any time only one thread, the loop's or the waiting caller's, works
+One :class:`WorkflowContext` belongs to one call: shared by the steps of a sequence, copied for the branches of a
+parallel. Nothing here is thread-safe by itself: at any time only one thread, the loop's or the waiting caller's, works
 on a context.
 """
 

@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible provider for a summary.
+"""Ask an OpenAI-compatible provider for a summary, at once or piece by piece.
 
 One pooled client per process, on the managed loop. What comes back is not trusted: it is read up to a bound, and
 checked before it is believed.
@@ -10,17 +10,26 @@ import asyncio
 import importlib
 import json
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
 
 import httpx
 
+from blueprints.documents.chunks import (
+    MAX_SUMMARY,
+    ChunkReader,
+    MalformedAnswerError,
+    StreamedSummary,
+    check_text,
+)
 from blueprints.settings import Settings
 from tta_sync import resource
+from tta_sync.exceptions import StepTimeoutError
 
-MAX_ANSWER = 2**20  # bytes
-MAX_SUMMARY = 20_000  # characters; what is longer is no summary
+MAX_ANSWER = 2**20  # bytes of an answer that does not stream
+DRAIN_SECONDS = 0.2
+"""What a stream's end may take to arrive once its summary is complete; then the connection is kept, else dropped."""
 
 INSTRUCTIONS = (
     "Summarise the document that the user sends, in at most three sentences and in the document's own language. "
@@ -36,8 +45,8 @@ class RefusedByProviderError(httpx.HTTPStatusError):
     """The provider answered with a status that another attempt would not change."""
 
 
-class MalformedAnswerError(Exception):
-    """The provider answered 200 with something that is not a chat completion."""
+class BrokenOffError(Exception):
+    """The provider failed in the middle of its stream, after somebody heard a part: no second attempt unsays that."""
 
 
 RETRIED = (
@@ -93,36 +102,108 @@ class Provider:
             httpx.TransportError: it could not be reached, or the connection broke.
         """
         client: httpx.AsyncClient = await self._client
-        body = {
+        async with client.stream("POST", self._url, json=self._body(text)) as response:
+            _check_response(response)
+            raw = await _read_bounded(response.aiter_raw())
+        return _summary_of(raw)
+
+    async def tell(self, text: str, say: Callable[[str], None]) -> str:
+        """Have the provider stream its summary: give each piece to *say* as it comes, and return the whole.
+
+        One that answers as if nobody had asked for a stream is heard, too: its summary is a single piece.
+
+        Raises:
+            StepTimeoutError: TTA_LLM_TIMEOUT passed before the first piece, or between two.
+            Whatever :meth:`summarise` raises; MalformedAnswerError also where the stream ends before the summary does.
+        """
+        try:
+            async with asyncio.timeout(self._timeout) as pace:
+                return await self._tell(text, say, pace)
+        except TimeoutError:
+            raise StepTimeoutError("llm stream", self._timeout) from None
+
+    async def _tell(self, text: str, say: Callable[[str], None], pace: asyncio.Timeout) -> str:
+        client: httpx.AsyncClient = await self._client
+        now = asyncio.get_running_loop().time
+        body = {**self._body(text), "stream": True}
+        headers = {"Accept": "text/event-stream, application/json"}
+        async with (
+            client.stream("POST", self._url, json=body, headers=headers) as response,
+            aclosing(cast("AsyncGenerator[bytes]", response.aiter_raw())) as arriving,
+        ):
+            _check_response(response)
+            begun = await _read_bounded(arriving, until=_is_no_space)
+            if begun.lstrip().startswith(b"{"):
+                whole = _summary_of(await _read_bounded(arriving, begun))
+                say(whole)
+                return whole
+            reader, summary = ChunkReader(), StreamedSummary()
+
+            def take(chunks: Iterator[Any]) -> bool:
+                for chunk in chunks:
+                    piece = summary.add(chunk)
+                    if piece:
+                        say(piece)
+                        pace.reschedule(now() + self._timeout)
+                return reader.done or summary.finished
+
+            complete = take(reader.feed(begun))
+            while not complete:
+                part = await anext(arriving, None)
+                if part is None:
+                    if not take(reader.end()):
+                        raise MalformedAnswerError("the provider's stream ended before its summary did")
+                    break
+                complete = take(reader.feed(part))
+            whole = summary.end()
+            pace.reschedule(None)
+            await _drain(arriving)
+            return whole
+
+    def _body(self, text: str) -> dict[str, Any]:
+        return {
             "model": self.model,
             "messages": [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": text}],
         }
-        async with client.stream("POST", self._url, json=body) as response:
-            _check_status(response)
-            raw = await _read_bounded(response)
-        return _summary_of(raw)
 
 
-def _check_status(response: httpx.Response) -> None:
+def _check_response(response: httpx.Response) -> None:
     if response.status_code == 200:
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise MalformedAnswerError("the provider's answer is compressed, although identity was asked for")
         return
     transient = response.status_code == 429 or response.status_code >= 500
     kind = TransientProviderError if transient else RefusedByProviderError
     raise kind(f"the provider answered {response.status_code}", request=response.request, response=response)
 
 
-async def _read_bounded(response: httpx.Response) -> bytes:
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise MalformedAnswerError("the provider's answer is compressed, although identity was asked for")
-    parts: list[bytes] = []
-    size = 0
-    async for part in response.aiter_raw():
+async def _read_bounded(
+    arriving: AsyncIterator[bytes], begun: bytes = b"", until: Callable[[bytes], bool] = lambda part: False
+) -> bytes:
+    """Read on behind *begun* to the end, or to the first part for which *until* says so."""
+    parts = [begun]
+    size = len(begun)
+    async for part in arriving:
         size += len(part)
         if size > MAX_ANSWER:
             raise MalformedAnswerError(f"the provider's answer is longer than {MAX_ANSWER} bytes")
         parts.append(part)
+        if until(part):
+            break
     return b"".join(parts)
+
+
+def _is_no_space(part: bytes) -> bool:
+    return not part.isspace()
+
+
+async def _drain(arriving: AsyncIterator[bytes]) -> None:
+    """Read what little is left, so that the connection can be used again. Raises nothing: the summary is complete."""
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            await _read_bounded(arriving)
+    except (TimeoutError, httpx.HTTPError, MalformedAnswerError):
+        pass  # the connection is dropped instead
 
 
 def _summary_of(raw: bytes) -> str:
@@ -141,10 +222,4 @@ def _summary_of(raw: bytes) -> str:
         raise MalformedAnswerError("the provider's summary is empty")
     if len(summary) > MAX_SUMMARY:
         raise MalformedAnswerError(f"the provider's summary is longer than {MAX_SUMMARY} characters")
-    try:
-        summary.encode()
-    except UnicodeEncodeError:
-        raise MalformedAnswerError("the provider's summary holds a lone surrogate") from None
-    if "\x00" in summary:
-        raise MalformedAnswerError("the provider's summary holds a NUL, which no database stores")
-    return summary
+    return check_text(summary)

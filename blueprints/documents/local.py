@@ -179,6 +179,11 @@ def split_sentences(text: str) -> list[str]:
 
 
 def summarise(text: str) -> str:
+    """Return :func:`summary_sentences` as one text."""
+    return " ".join(summary_sentences(text))
+
+
+def summary_sentences(text: str) -> list[str]:
     """Return the sentences that say most of what the text says, in its own order and words.
 
     At most SUMMARY_SENTENCES sentences and SUMMARY_LENGTH characters. A sentence counts for the frequent words in it
@@ -188,7 +193,7 @@ def summarise(text: str) -> str:
     """
     sentences = split_sentences(text)
     if len(sentences) <= SUMMARY_SENTENCES and sum(map(len, sentences)) + len(sentences) <= SUMMARY_LENGTH:
-        return " ".join(sentences)
+        return sentences
     stop = _stopwords(detect_language(text))
     words_of = [
         [term for token in _tokens(sentence) for term in _terms(token) if term not in stop and not term.isdigit()]
@@ -215,8 +220,8 @@ def summarise(text: str) -> str:
             said.add(sentence)
             room -= len(sentence) + 1
     if not chosen:
-        return shorten(sentences[best[0]], SUMMARY_LENGTH)
-    return " ".join(sentences[position] for position in sorted(chosen))
+        return [shorten(sentences[best[0]], SUMMARY_LENGTH)]
+    return [sentences[position] for position in sorted(chosen)]
 
 
 def shorten(text: str, length: int) -> str:

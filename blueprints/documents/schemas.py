@@ -46,6 +46,15 @@ class ProcessRequestSchema(Schema):
             raise ValidationError("Holds nothing but white space.")
 
 
+class StreamRequestSchema(ProcessRequestSchema):
+    """One text to process, whose summary is to be streamed."""
+
+    @validates("tasks")
+    def _check_tasks(self, value: list[str], data_key: str) -> None:
+        if "summary" not in value:
+            raise ValidationError("A stream is the summary's: ask for it, or use /api/process.")
+
+
 class DocumentSchema(Schema):
     """A processed document, as every route gives it."""
 

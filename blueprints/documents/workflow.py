@@ -2,15 +2,20 @@
 
 The provider's part is composed in the order of the primitives' guide: Fallback(Cache(Timeout(Retry(CircuitBreaker(
 Timeout(call)))))), with the local summary as the fallback, outside the cache: only what the provider said is kept.
+
+Where a :class:`Listener` is in ``context.state``, the summary is told to it while it is made. Retry, breaker and the
+provider's whole time are the same objects then; the attempt's limit holds for each piece instead of for the whole.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from blueprints.documents import local
-from blueprints.documents.llm import RETRIED, MalformedAnswerError, Provider
+from blueprints.documents.chunks import MalformedAnswerError
+from blueprints.documents.llm import RETRIED, BrokenOffError, Provider
 from blueprints.documents.schemas import ProcessRequestSchema
 from blueprints.documents.store import save_document
 from blueprints.settings import Settings
@@ -23,6 +28,7 @@ from tta_sync.primitives import (
     CircuitBreakerPrimitive,
     ConditionalPrimitive,
     FallbackPrimitive,
+    InMemoryBackend,
     RetryPrimitive,
     TimeoutPrimitive,
     WorkflowPrimitive,
@@ -39,9 +45,39 @@ CACHE_TTL = 3600.0
 FAILURE_THRESHOLD = 10
 RECOVERY_TIMEOUT = 5.0
 
-_HITS = "documents.cache_hits"  # our key in context.state
+_HITS = "documents.cache_hits"  # our keys in context.state
+_LISTENER = "documents.listener"
 
 Answer = dict[str, Any]
+
+
+class Listener:
+    """Hear a summary while it is made: *say* gets its pieces, *forget* is called where those so far are void.
+
+    Loop thread only.
+    """
+
+    def __init__(self, say: Callable[[str], None], forget: Callable[[], None]) -> None:
+        self._say = say
+        self._forget = forget
+        self._heard: list[str] = []
+
+    def attach(self, context: WorkflowContext) -> None:
+        """Listen to what runs with *context*."""
+        context.state[_LISTENER] = self
+
+    @property
+    def heard(self) -> str:
+        """What was said since the last :meth:`forget`."""
+        return "".join(self._heard)
+
+    def say(self, piece: str) -> None:
+        self._heard.append(piece)
+        self._say(piece)
+
+    def forget(self) -> None:
+        self._heard.clear()
+        self._forget()
 
 
 def build_flow(settings: Settings, save: WorkflowPrimitive[Any, Any] = save_document) -> WorkflowPrimitive[Any, Any]:
@@ -53,23 +89,32 @@ def build_flow(settings: Settings, save: WorkflowPrimitive[Any, Any] = save_docu
     Raises (when run):
         marshmallow.ValidationError: the data does not fit.
     """
+    return complete_flow(settings, build_branches(settings), save)
+
+
+def complete_flow(
+    settings: Settings, branches: WorkflowPrimitive[Any, Any], save: WorkflowPrimitive[Any, Any] = save_document
+) -> WorkflowPrimitive[Any, Any]:
+    """Put *branches*, which others may run as well, between validation and *save*."""
+    return load_step(ProcessRequestSchema(max_text=settings.max_text), name="validate") >> branches >> save
+
+
+def build_branches(settings: Settings) -> WorkflowPrimitive[Any, Any]:
+    """Build what finds out about a text: summary, keywords, language and word count, all at once."""
     return (
-        load_step(ProcessRequestSchema(max_text=settings.max_text), name="validate")
-        >> (
-            _asked_for("summary", build_summary(settings))
-            | _asked_for("keywords", keywords)
-            | _asked_for("language", language)
-            | word_count
-        )
-        >> save
+        _asked_for("summary", build_summary(settings))
+        | _asked_for("keywords", keywords)
+        | _asked_for("language", language)
+        | word_count
     )
 
 
 def build_summary(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
     """Build the summary's branch: the provider's where one is set, else the local one."""
     if settings.llm_base_url is None:
-        return local_summary >> undegraded
-    return remember_hits >> FallbackPrimitive(primary=build_provider(settings), fallbacks=[local_summary]) >> tell_hits
+        return local_summary >> undegraded >> tell_rest
+    provider = FallbackPrimitive(primary=build_provider(settings), fallbacks=[local_summary])
+    return remember_hits >> provider >> tell_hits >> tell_rest
 
 
 def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
@@ -81,31 +126,88 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
         try:
             summary = await provider.summarise(request["text"])
         except Exception as error:
-            logger.warning("the provider failed: %s: %s", type(error).__name__, error)  # neither key nor text is in it
+            _log_failure(error)
+            raise
+        return {"summary": summary, "provider": provider.model, "degraded": False}
+
+    @step(name="llm stream")
+    async def tell(request: dict[str, Any], context: WorkflowContext) -> Answer:
+        listener: Listener = context.state[_LISTENER]
+        try:
+            summary = await provider.tell(request["text"], listener.say)
+        except Exception as error:
+            _log_failure(error)
+            if listener.heard:
+                raise BrokenOffError(f"the provider's stream broke off: {type(error).__name__}") from error
             raise
         return {"summary": summary, "provider": provider.model, "degraded": False}
 
     # An attempt that was allowed more than the whole would never be cut by its own limit.
-    attempt = TimeoutPrimitive(call, timeout_seconds=min(settings.llm_timeout, settings.provider_timeout))
+    limited = TimeoutPrimitive(call, timeout_seconds=min(settings.llm_timeout, settings.provider_timeout))
     breaker = CircuitBreakerPrimitive(
-        attempt,
+        ConditionalPrimitive(has_listener, tell, limited),
+        name="llm call",
         config=CircuitBreakerConfig(
             failure_threshold=FAILURE_THRESHOLD,
             recovery_timeout=RECOVERY_TIMEOUT,
             success_threshold=1,
             # A refused key is ours to mend: it says nothing about whether the provider works.
-            expected_exception=(*RETRIED, MalformedAnswerError, StepTimeoutError),
+            expected_exception=(*RETRIED, MalformedAnswerError, BrokenOffError, StepTimeoutError),
         ),
     )
     # An open circuit is not waited for: the local summary answers at once.
     retry = RetryPrimitive(breaker, max_retries=MAX_RETRIES, retry_on=(*RETRIED, StepTimeoutError))
     whole = TimeoutPrimitive(retry, timeout_seconds=settings.provider_timeout)
-    return CachePrimitive(
-        whole,
-        cache_key_fn=lambda request: [request["text"], provider.model],
-        ttl=CACHE_TTL,
-        namespace="documents.summary",
-    )
+
+    answers = InMemoryBackend()
+
+    def keep(asked: WorkflowPrimitive[Any, Answer]) -> WorkflowPrimitive[Any, Answer]:
+        return CachePrimitive(
+            asked,
+            cache_key_fn=lambda request: [request["text"], provider.model],
+            ttl=CACHE_TTL,
+            namespace="documents.summary",
+            storage=answers,
+        )
+
+    # Who listens must not wait for a call that somebody else has begun, and whose pieces nobody else hears: so a stream
+    # looks the answer up, asks for itself, and leaves the answer for others.
+    kept = keep(recall)
+
+    @step(name="stream")
+    async def stream(request: dict[str, Any], context: WorkflowContext) -> Answer:
+        answer: Answer
+        try:
+            answer = await kept.execute(request, context)
+            return answer
+        except _NotKeptError:
+            answer = await whole.execute(request, context)
+        # In a context of its own: it is no hit if somebody else has left an answer meanwhile.
+        await kept.execute({**request, "answer": answer}, context.create_child_context())
+        return answer
+
+    return ConditionalPrimitive(has_listener, stream, keep(whole))
+
+
+class _NotKeptError(Exception):
+    """There is no answer in the cache. Never leaves this module."""
+
+
+@step
+async def recall(request: dict[str, Any]) -> Answer:
+    """Stand in for the provider in a cache that is only looked into, or given an answer."""
+    if "answer" not in request:
+        raise _NotKeptError
+    answer: Answer = request["answer"]
+    return answer
+
+
+async def has_listener(request: Any, context: WorkflowContext) -> bool:
+    return _LISTENER in context.state
+
+
+def _log_failure(error: Exception) -> None:
+    logger.warning("the provider failed: %s: %s", type(error).__name__, error)  # neither key nor text is in it
 
 
 def _asked_for(task: str, then: WorkflowPrimitive[Any, Any]) -> WorkflowPrimitive[Any, Any]:
@@ -119,7 +221,8 @@ async def nothing(request: Any) -> None:
 
 @thread_step
 def local_summary(request: dict[str, Any]) -> Answer:
-    return {"summary": local.summarise(request["text"]), "provider": LOCAL, "degraded": True}
+    sentences = local.summary_sentences(request["text"])
+    return {"summary": " ".join(sentences), "sentences": sentences, "provider": LOCAL, "degraded": True}
 
 
 @thread_step
@@ -156,3 +259,17 @@ async def tell_hits(answer: Answer, context: WorkflowContext) -> Answer:
         logger.warning("the local summary answered for the provider, correlation id %s", context.correlation_id)
     hit = context.state.get("cache_hits", 0) > context.state[_HITS]
     return {**answer, "cached": hit}
+
+
+@step
+async def tell_rest(answer: Answer, context: WorkflowContext) -> Answer:
+    """Tell the listener what it has not heard: a summary that nobody streamed, or one in place of a broken one."""
+    listener: Listener | None = context.state.get(_LISTENER)
+    if listener is not None and listener.heard != answer["summary"]:
+        if listener.heard:
+            listener.forget()
+        first, *others = answer.get("sentences") or [answer["summary"]]
+        listener.say(first)
+        for sentence in others:
+            listener.say(f" {sentence}")
+    return answer

@@ -26,8 +26,7 @@ import pytest
 from asgiref.local import Local
 from asgiref.sync import sync_to_async
 
-from tests.runtime.test_every_point import POINTS, Tracer, strike
-from tests.runtime.test_every_point import Strike as Struck
+from tests.runtime.test_every_point import POINTS, Strike as Struck, Tracer, strike
 from tta_sync import caller_step, current_context, run_on_caller
 from tta_sync.context import current_caller
 from tta_sync.exceptions import (

@@ -24,10 +24,13 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.events import records
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.observability import Observability, initialize_observability
-from tta_sync.observability import initialize as initialize_module
-from tta_sync.observability import logs as logs_module
-from tta_sync.observability import prometheus as prometheus_module
+from tta_sync.observability import (
+    Observability,
+    initialize as initialize_module,
+    initialize_observability,
+    logs as logs_module,
+    prometheus as prometheus_module,
+)
 from tta_sync.observability.logs import JSONFormatter, event_name, logfmt
 from tta_sync.primitives import MockPrimitive, RetryPrimitive, step
 from tta_sync.testing import FakeClock

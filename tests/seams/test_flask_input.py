@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from marshmallow import Schema, fields, validate
 
 from tta_sync.flask import Problem, TTASync

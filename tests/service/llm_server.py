@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +23,11 @@ class LLMServer:
     (503), refused (401), redirect (302), garbage, empty, wrong (JSON of another shape), nul, huge, gzip, closed (hangs
     up), truncated (hangs up inside the answer), drip (a byte at a time). ``script`` is a list of modes for the next
     requests, before ``mode``.
+
+    Asked for a stream, good sends ``tokens`` one by one, and there are more modes: paced (a token per ``go()``),
+    trickle (one every 100 ms, without end), stalled, cut, ended and spoiled (after two tokens it says nothing more,
+    hangs up, ends the answer, sends what is no JSON), raw (the parts in ``raw``, each sent by itself), ignored (a plain
+    answer). ``left`` counts the clients that hung up while they were to wait for the next token.
     """
 
     def __init__(self) -> None:
@@ -30,6 +38,10 @@ class LLMServer:
         self.requests: list[dict[str, Any]] = []  # guarded by _lock
         self.release = threading.Event()
         self.arrived = threading.Semaphore(0)
+        self.tokens = re.findall(r" ?[^ ]+", SUMMARY)
+        self.raw: list[bytes] = []
+        self.left = threading.Semaphore(0)
+        self._turns = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._connections: list[socket.socket] = []  # guarded by _lock
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -44,6 +56,11 @@ class LLMServer:
     def calls(self) -> int:
         with self._lock:
             return len(self.requests)
+
+    def go(self, tokens: int = 1) -> None:
+        """Let paced streams send as many tokens more."""
+        for _ in range(tokens):
+            self._turns.release()
 
     def start(self) -> None:
         self._thread.start()
@@ -75,12 +92,13 @@ class LLMServer:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                asked = json.loads(body or b"null")
                 mode = owner._next_mode(
                     {
                         "path": self.path,
                         "port": self.client_address[1],
                         "headers": dict(self.headers),
-                        "body": json.loads(body or b"null"),
+                        "body": asked,
                     }
                 )
                 owner.arrived.release()
@@ -107,7 +125,12 @@ class LLMServer:
                         "closed": self._hang_up,
                         "truncated": self._truncated,
                         "drip": self._drip,
+                        "ignored": lambda: self._json(200, completion(owner.summary)),
                     }
+                    if isinstance(asked, dict) and asked.get("stream"):
+                        streams = ("good", "paced", "trickle", "stalled", "cut", "ended", "spoiled")
+                        answers.update(dict.fromkeys(streams, self._stream), raw=self._stream_raw)
+                    self._mode = mode
                     answers[mode]()
                 except OSError:
                     self.close_connection = True  # the client has left, which is what some modes are about
@@ -136,6 +159,63 @@ class LLMServer:
                 self.wfile.write(b'{"choices": [')
                 self.close_connection = True
 
+            def _stream(self) -> None:
+                self._begin_stream()
+                self._chunk(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
+                tokens = itertools.cycle(owner.tokens) if self._mode == "trickle" else owner.tokens
+                for number, token in enumerate(tokens):
+                    if self._mode == "paced":
+                        self._wait(lambda: owner._turns.acquire(timeout=0.01))
+                    elif self._mode == "trickle":
+                        self._wait(lambda: owner.release.wait(0.1), most=1)
+                    elif number == 2 and self._mode != "good":
+                        break
+                    self._chunk(event(delta(token)))
+                if self._mode == "stalled":
+                    self._wait(lambda: owner.release.wait(0.01))
+                elif self._mode == "spoiled":
+                    self._chunk(b"data: {oops\n\n")
+                elif self._mode == "cut":
+                    self._hang_up()
+                    return
+                elif self._mode != "ended":
+                    self._chunk(event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+                    self._chunk(event({"choices": [], "usage": {"total_tokens": 9}}))
+                    self._chunk(b"data: [DONE]\n\n")
+                self._chunk(b"")
+
+            def _stream_raw(self) -> None:
+                self._begin_stream()
+                for part in owner.raw:
+                    self._chunk(part)
+                self._chunk(b"")
+
+            def _begin_stream(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+
+            def _chunk(self, part: bytes) -> None:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+
+            def _wait(self, turn: Callable[[], bool], most: int = 2000) -> None:
+                """Wait for a turn, *most* times at most, or until the client has left, which is counted."""
+                for _ in range(most):
+                    if turn():
+                        return
+                    if self._has_left():
+                        owner.left.release()
+                        raise ConnectionResetError("the client has left")
+
+            def _has_left(self) -> bool:
+                if not select.select([self.connection], [], [], 0)[0]:
+                    return False
+                try:
+                    return self.connection.recv(1, socket.MSG_PEEK) == b""
+                except ConnectionResetError:
+                    return True
+
             def _json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
                 self._raw(json.dumps(body).encode(), status, headers)
 
@@ -159,3 +239,11 @@ def completion(content: Any) -> dict[str, Any]:
         "object": "chat.completion",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": content}}],
     }
+
+
+def delta(content: Any) -> dict[str, Any]:
+    return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": content}}]}
+
+
+def event(data: Any) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

@@ -22,68 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tta_sync.events.records import (
         BreakerClosed as BreakerClosed,
-    )
-    from tta_sync.events.records import (
         BreakerHalfOpened as BreakerHalfOpened,
-    )
-    from tta_sync.events.records import (
         BreakerOpened as BreakerOpened,
-    )
-    from tta_sync.events.records import (
         CacheBypassed as CacheBypassed,
-    )
-    from tta_sync.events.records import (
         CacheHit as CacheHit,
-    )
-    from tta_sync.events.records import (
         CacheMiss as CacheMiss,
-    )
-    from tta_sync.events.records import (
         CacheStored as CacheStored,
-    )
-    from tta_sync.events.records import (
         CallOrphaned as CallOrphaned,
-    )
-    from tta_sync.events.records import (
         CallRejected as CallRejected,
-    )
-    from tta_sync.events.records import (
         CompensationFailed as CompensationFailed,
-    )
-    from tta_sync.events.records import (
         Event as Event,
-    )
-    from tta_sync.events.records import (
         FallbackUsed as FallbackUsed,
-    )
-    from tta_sync.events.records import (
         HedgeStarted as HedgeStarted,
-    )
-    from tta_sync.events.records import (
         LoopRestarted as LoopRestarted,
-    )
-    from tta_sync.events.records import (
         LoopStalled as LoopStalled,
-    )
-    from tta_sync.events.records import (
         MapProgressed as MapProgressed,
-    )
-    from tta_sync.events.records import (
         RetryExhausted as RetryExhausted,
-    )
-    from tta_sync.events.records import (
         RetryScheduled as RetryScheduled,
-    )
-    from tta_sync.events.records import (
         StepEnded as StepEnded,
-    )
-    from tta_sync.events.records import (
         StepStarted as StepStarted,
-    )
-    from tta_sync.events.records import (
         StepTimedOut as StepTimedOut,
-    )
-    from tta_sync.events.records import (
         TransactionHeld as TransactionHeld,
     )
 

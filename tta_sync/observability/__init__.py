@@ -4,7 +4,9 @@ Primitives emit records only where a hook listens; :func:`initialize_observabili
 into Prometheus metrics and structured log lines. Hooks of your own: ``tta_sync.events.bus.subscribe``.
 """
 
-from tta_sync.observability.initialize import Observability as Observability
-from tta_sync.observability.initialize import initialize_observability as initialize_observability
+from tta_sync.observability.initialize import (
+    Observability as Observability,
+    initialize_observability as initialize_observability,
+)
 
 __all__ = ["Observability", "initialize_observability"]

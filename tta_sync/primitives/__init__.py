@@ -1,5 +1,5 @@
 """Every primitive under one roof; modules load at the first use of a name from them."""
-# ruff: noqa: I001  # one import per module, not per name
+# one import per module, not per name
 
 from __future__ import annotations
 

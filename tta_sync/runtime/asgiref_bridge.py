@@ -38,8 +38,7 @@ from asgiref.local import _rehome, _Storage
 
 from tta_sync.context import current_caller, current_pool, running_context, time_limit
 from tta_sync.exceptions import NoCallerError
-from tta_sync.runtime import call as calls
-from tta_sync.runtime import generation
+from tta_sync.runtime import call as calls, generation
 from tta_sync.runtime.driven import DrivenLoop
 from tta_sync.runtime.loop import managed_loop_of
 

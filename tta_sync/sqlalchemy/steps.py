@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, overload
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from tta_sync.context import Caller, WorkflowContext, current_caller, cut_off

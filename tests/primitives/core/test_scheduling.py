@@ -7,8 +7,7 @@ import heapq
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tta_sync.context import WorkflowContext
 from tta_sync.primitives.core import branches, mapping

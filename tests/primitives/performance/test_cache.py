@@ -16,8 +16,7 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext, running_context
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives import InMemoryBackend, RetryPrimitive
-from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, caller_step
-from tta_sync.primitives.core.base import step as as_step
+from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, caller_step, step as as_step
 from tta_sync.primitives.performance import CacheBackend, CachePrimitive
 
 # ---- both spellings --------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tta_sync.primitives.performance import codec
 from tta_sync.primitives.performance.codec import Codec, Undecodable

@@ -14,8 +14,7 @@ from collections import namedtuple
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.performance import keys

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.performance.wire import (

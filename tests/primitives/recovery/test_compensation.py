@@ -16,8 +16,13 @@ from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext, cut_off, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, SagaError, StepTimeoutError, WorkflowError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step
-from tta_sync.primitives.recovery import CompensationPrimitive, RetryPrimitive, SagaPrimitive, TimeoutPrimitive
-from tta_sync.primitives.recovery import timeout as timeout_module
+from tta_sync.primitives.recovery import (
+    CompensationPrimitive,
+    RetryPrimitive,
+    SagaPrimitive,
+    TimeoutPrimitive,
+    timeout as timeout_module,
+)
 from tta_sync.testing import FakeClock
 
 

@@ -21,8 +21,8 @@ from tta_sync.primitives.recovery import (
     HedgePrimitive,
     RetryBudget,
     TimeoutPrimitive,
+    timeout as timeout_module,
 )
-from tta_sync.primitives.recovery import timeout as timeout_module
 from tta_sync.primitives.recovery.hedge import percentile
 from tta_sync.testing import FakeClock
 

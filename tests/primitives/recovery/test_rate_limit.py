@@ -11,15 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, RateLimitedError, StepTimeoutError
 from tta_sync.primitives.core.base import step
-from tta_sync.primitives.recovery import RateLimitPrimitive, RetryPrimitive, TimeoutPrimitive
-from tta_sync.primitives.recovery import rate_limit as module
+from tta_sync.primitives.recovery import RateLimitPrimitive, RetryPrimitive, TimeoutPrimitive, rate_limit as module
 from tta_sync.primitives.recovery.line import Place, lead
 from tta_sync.primitives.recovery.rate_limit import decide
 from tta_sync.testing import FakeClock

@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import tenacity
 import tenacity.asyncio.retry
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext
@@ -42,8 +41,8 @@ from tta_sync.primitives.recovery import (
     RetryStrategy,
     TimeoutPrimitive,
 )
-from tta_sync.primitives.recovery.retry import ANY as ANY_ERROR
 from tta_sync.primitives.recovery.retry import (
+    ANY as ANY_ERROR,
     BACKOFFS,
     CAP,
     NEVER,

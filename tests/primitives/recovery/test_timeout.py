@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tta_sync import SyncFacade, events
 from tta_sync.clock import SYSTEM_CLOCK
@@ -33,8 +32,7 @@ from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepT
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step, thread_step
 from tta_sync.primitives.core.composition import CompositionWarning
 from tta_sync.primitives.core.parallel import ParallelPrimitive
-from tta_sync.primitives.recovery import FallbackPrimitive, TimeoutPrimitive
-from tta_sync.primitives.recovery import timeout as module
+from tta_sync.primitives.recovery import FallbackPrimitive, TimeoutPrimitive, timeout as module
 from tta_sync.testing import FakeClock
 
 

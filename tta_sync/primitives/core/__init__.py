@@ -2,7 +2,7 @@
 
 Modules load at the first use of a name from them.
 """
-# ruff: noqa: I001  # one import per module, not per name
+# one import per module, not per name
 
 from __future__ import annotations
 

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive as CachePrimitive
-    from tta_sync.primitives.performance.memory import InMemoryStore as InMemoryStore
-    from tta_sync.primitives.performance.memory import MemoryPrimitive as MemoryPrimitive
-    from tta_sync.primitives.performance.memory import create_memory_key as create_memory_key
-    from tta_sync.primitives.performance.stores import CacheBackend as CacheBackend
-    from tta_sync.primitives.performance.stores import InMemoryBackend as InMemoryBackend
-    from tta_sync.primitives.performance.stores import RedisBackend as RedisBackend
+    from tta_sync.primitives.performance.memory import (
+        InMemoryStore as InMemoryStore,
+        MemoryPrimitive as MemoryPrimitive,
+        create_memory_key as create_memory_key,
+    )
+    from tta_sync.primitives.performance.stores import (
+        CacheBackend as CacheBackend,
+        InMemoryBackend as InMemoryBackend,
+        RedisBackend as RedisBackend,
+    )
 
 _HOME = {
     "CacheBackend": "stores",

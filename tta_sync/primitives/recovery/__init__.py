@@ -6,28 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tta_sync.exceptions import BulkheadFullError as BulkheadFullError
-    from tta_sync.exceptions import CircuitOpenError as CircuitOpenError
-    from tta_sync.exceptions import RateLimitedError as RateLimitedError
-    from tta_sync.exceptions import SagaError as SagaError
-    from tta_sync.exceptions import StepTimeoutError as StepTimeoutError
+    from tta_sync.exceptions import (
+        BulkheadFullError as BulkheadFullError,
+        CircuitOpenError as CircuitOpenError,
+        RateLimitedError as RateLimitedError,
+        SagaError as SagaError,
+        StepTimeoutError as StepTimeoutError,
+    )
     from tta_sync.primitives.recovery.bulkhead import BulkheadPrimitive as BulkheadPrimitive
-    from tta_sync.primitives.recovery.chaos import ChaosError as ChaosError
-    from tta_sync.primitives.recovery.chaos import ChaosPrimitive as ChaosPrimitive
-    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerConfig as CircuitBreakerConfig
-    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerError as CircuitBreakerError
-    from tta_sync.primitives.recovery.circuit_breaker import CircuitBreakerPrimitive as CircuitBreakerPrimitive
-    from tta_sync.primitives.recovery.circuit_breaker import CircuitState as CircuitState
-    from tta_sync.primitives.recovery.compensation import CompensationPrimitive as CompensationPrimitive
-    from tta_sync.primitives.recovery.compensation import SagaPrimitive as SagaPrimitive
+    from tta_sync.primitives.recovery.chaos import ChaosError as ChaosError, ChaosPrimitive as ChaosPrimitive
+    from tta_sync.primitives.recovery.circuit_breaker import (
+        CircuitBreakerConfig as CircuitBreakerConfig,
+        CircuitBreakerError as CircuitBreakerError,
+        CircuitBreakerPrimitive as CircuitBreakerPrimitive,
+        CircuitState as CircuitState,
+    )
+    from tta_sync.primitives.recovery.compensation import (
+        CompensationPrimitive as CompensationPrimitive,
+        SagaPrimitive as SagaPrimitive,
+    )
     from tta_sync.primitives.recovery.fallback import FallbackPrimitive as FallbackPrimitive
     from tta_sync.primitives.recovery.hedge import HedgePrimitive as HedgePrimitive
     from tta_sync.primitives.recovery.rate_limit import RateLimitPrimitive as RateLimitPrimitive
-    from tta_sync.primitives.recovery.retry import RetryBudget as RetryBudget
-    from tta_sync.primitives.recovery.retry import RetryPrimitive as RetryPrimitive
-    from tta_sync.primitives.recovery.retry import RetryStrategy as RetryStrategy
-    from tta_sync.primitives.recovery.timeout import TimeoutError as TimeoutError  # noqa: A004
-    from tta_sync.primitives.recovery.timeout import TimeoutPrimitive as TimeoutPrimitive
+    from tta_sync.primitives.recovery.retry import (
+        RetryBudget as RetryBudget,
+        RetryPrimitive as RetryPrimitive,
+        RetryStrategy as RetryStrategy,
+    )
+    from tta_sync.primitives.recovery.timeout import (
+        TimeoutError as TimeoutError,  # noqa: A004
+        TimeoutPrimitive as TimeoutPrimitive,
+    )
 
 _HOMES = {
     "tta_sync.exceptions": (

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason
-from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError
-from tta_sync.exceptions import CircuitOpenError, ConfigurationError
+from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError, CircuitOpenError, ConfigurationError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork

@@ -530,7 +530,7 @@ def _orphan_ended(orphan: asyncio.Task[Any]) -> None:
 
 
 def _where(coroutine: Any) -> tuple[str, str]:
-    """Return function and ``file:line`` where a suspended step stands, of its innermost frame that is the user's own."""
+    """Return function and ``file:line`` where a suspended step stands: of the innermost frame that is the user's."""
     innermost = None
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
