@@ -90,6 +90,10 @@ class LLMServer:
                 with owner._lock:
                     owner._connections.append(self.connection)
 
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # a client that hangs up with something left to read
+                    super().handle()
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 asked = json.loads(body or b"null")
@@ -212,7 +216,7 @@ class LLMServer:
                 if not select.select([self.connection], [], [], 0)[0]:
                     return False
                 try:
-                    return self.connection.recv(1, socket.MSG_PEEK) == b""
+                    return not self.connection.recv(1, socket.MSG_PEEK)
                 except ConnectionResetError:
                     return True
 
