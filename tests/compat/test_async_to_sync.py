@@ -1099,6 +1099,35 @@ def test_everything_is_as_it_was_when_an_interrupt_lands_at_any_point(
     gc.collect()  # complains of a coroutine that was never awaited
 
 
+class _Watched:
+    """A lock that notes which threads take it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.taken_by: set[int] = set()
+
+    def acquire(self) -> Any:
+        self.taken_by.add(here())
+        return self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+def test_the_caller_takes_no_lock_of_asgirefs_when_it_calls(threaded: SyncFacade) -> None:
+    """An interrupt on the calling thread cannot leave the lock locked at which all sync_to_async code would stop."""
+    executors = asgiref.sync.AsyncToSync.executors
+    lock = executors._lock  # type: ignore[attr-defined]
+    watched = _Watched(lock)
+    object.__setattr__(executors, "_lock", watched)
+    try:
+        assert threaded.async_to_sync(_with_work)() == 42
+    finally:
+        object.__setattr__(executors, "_lock", lock)
+    assert watched.taken_by
+    assert here() not in watched.taken_by
+
+
 # ---------------------------------------------------------------------------------------------- as every other call
 
 
@@ -1358,9 +1387,14 @@ def test_it_is_refused_when_the_facade_was_shut_down(facade: SyncFacade) -> None
         facade.async_to_sync(running_loop)()
 
 
-def run_program(body: str) -> subprocess.CompletedProcess[str]:
+def run_program(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run *body* as a program of its own."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", textwrap.dedent(body), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -1390,6 +1424,69 @@ def test_the_process_ends_in_silence_when_tasks_and_calls_are_left() -> None:
         """
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("kind", FACADES)
+def test_calls_are_answered_when_a_storm_of_signals_is_over(kind: str) -> None:
+    """After a second of signals that raise wherever they land, calls with thread-sensitive code return as before."""
+    ended = run_program(
+        """
+        import asyncio, logging, signal, sys, threading, time
+        from asgiref.sync import sync_to_async
+        from tta_sync.facade import SyncFacade
+
+        class Struck(BaseException): ...
+
+        async def with_work():
+            return sum(await asyncio.gather(sync_to_async(int)("20"), sync_to_async(int)("22")))
+
+        def handler(*_):
+            if phase == "storm":
+                raise Struck
+
+        def storm():
+            global phase
+            while phase == "calm":
+                time.sleep(0.001)
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                signal.pthread_kill(main, signal.SIGUSR1)
+                time.sleep(0.0005)
+            phase = "over"
+
+        def call_on():
+            global struck
+            while phase == "storm":
+                try:
+                    while phase == "storm":
+                        call()
+                except Struck:
+                    struck += 1
+
+        logging.disable(logging.CRITICAL)  # orphans for a moment, by the dozen
+        sys.unraisablehook = lambda _: None  # what lands in a weak reference's callback
+        main, phase, struck = threading.main_thread().ident, "calm", 0  # no Event: it has a lock
+        facade = SyncFacade(**eval(sys.argv[1]))
+        call = facade.async_to_sync(with_work)
+        signal.signal(signal.SIGUSR1, handler)
+        threading.Thread(target=storm, daemon=True).start()
+        phase = "storm"
+        while phase == "storm":
+            try:
+                call_on()
+            except Struck:
+                pass  # it landed between two calls
+        assert struck > 10
+        assert call() == 42
+        until = time.monotonic() + 20
+        while facade.in_flight() or facade.stats().left_over:
+            assert time.monotonic() < until, (facade.in_flight(), facade.stats())
+            time.sleep(0.01)
+        print("usable")
+        """,
+        repr(FACADES[kind]),
+    )
+    assert (ended.returncode, ended.stdout) == (0, "usable\n"), ended.stderr
 
 
 def test_asgiref_is_not_imported_when_nobody_has_asked_for_it() -> None:

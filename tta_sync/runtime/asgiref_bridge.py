@@ -102,7 +102,7 @@ class AsyncToSync(sync.AsyncToSync[P, R]):
         traceback = None if handled is None else handled.__traceback__
         begin: Callable[[], Awaitable[R]] = functools.partial(self.awaitable, *args, **kwargs)
         awaitable: Awaitable[R] | None = None
-        executor = CallerExecutor(getattr(self.executors, "current", None))
+        executor = CallerExecutor(_current_executor())
 
         async def body() -> R:
             __traceback_hide__ = True  # noqa: F841
@@ -167,7 +167,7 @@ class CallerExecutor(CurrentThreadExecutor):
         self._caller = cast(calls.Call, current_caller.get())
         self._open = True
         _move_locals_here()
-        sync.AsyncToSync.executors.current = self
+        _executors.set(_Storage(threading.get_ident(), {"current": self}))
         if isinstance(self._caller.loop, DrivenLoop):
             _loop_has_no_thread(running)
             _executor.set(self)
@@ -178,7 +178,7 @@ class CallerExecutor(CurrentThreadExecutor):
         self._open = False
         if _get_running_loop() is not self._loop:
             return False  # the loop has died, and the garbage collector closes the coroutine, wherever that runs
-        sync.AsyncToSync.executors.current = self._old_executor
+        _executors.set(_Storage(threading.get_ident(), {"current": self._old_executor}))
         self.context = contextvars.copy_context()
         # A caller that gives up does no more work: what is under way finds another, who may wait for this call to end.
         return bool(self.pending) and self._caller is not None and self._caller.why is None
@@ -196,7 +196,7 @@ class CallerExecutor(CurrentThreadExecutor):
             _flow_out(context)
         if self._foreign and caller is not None and caller.loop.dead:
             for item in self._foreign.copy():
-                _fail(item)
+                _settle(item, None)
 
     # ---- as an executor ----------------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class CallerExecutor(CurrentThreadExecutor):
             self._loop.call_soon_threadsafe(self._serve, item)
         except RuntimeError:  # the loop is closed
             self._foreign.discard(item)
-            _fail(item)
+            _settle(item, None)
 
     # What asgiref's executors below this one do:
     #     with old._work_ready: if not old._broken: old._work_items.append(item); old._work_ready.notify()
@@ -275,12 +275,19 @@ class CallerExecutor(CurrentThreadExecutor):
         return await asyncio.wrap_future(self._old_executor.submit(work))
 
     def _serve(self, item: _WorkItem) -> None:
-        def settle(task: asyncio.Task[None]) -> None:
-            self._foreign.discard(item)
-            if task.cancelled() or task.exception() is not None:
-                _fail(item)
+        # The item's future has a lock, which an interrupt on the caller's thread could leave locked. So: settled here.
+        task = self._start(functools.partial(item.fn, *item.args, **item.kwargs))
 
-        self._start(functools.partial(_execute, item)).add_done_callback(settle)
+        def settle(task: asyncio.Task[Any]) -> None:
+            self._foreign.discard(item)
+            _settle(item, task)
+
+        def follow(future: Future[Any]) -> None:
+            if future.cancelled():
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+        task.add_done_callback(settle)
+        item.future.add_done_callback(follow)
 
 
 class _ExecutorOfTheCall(CurrentThreadExecutor):
@@ -317,25 +324,17 @@ _GONE = (
 )
 
 
-def _execute(item: _WorkItem) -> None:
-    """Do what :meth:`_WorkItem.run` does, but let interrupts end the call. Caller's thread only."""
-    if not item.future.set_running_or_notify_cancel():
-        return
+def _settle(item: _WorkItem, task: asyncio.Task[Any] | None) -> None:
+    """Give the outcome to whoever waits for *item*. Without a task, or if that was cancelled, the caller has gone."""
     try:
-        result = item.fn(*item.args, **item.kwargs)
-    except calls.INTERRUPTS:
-        raise
-    except BaseException as error:
-        item.future.set_exception(error)
-    else:
-        item.future.set_result(result)
-
-
-def _fail(item: _WorkItem) -> None:
-    try:
-        item.future.set_exception(NoCallerError(_GONE))
+        if task is None or task.cancelled():
+            item.future.set_exception(NoCallerError(_GONE))
+        elif (error := task.exception()) is not None:
+            item.future.set_exception(error)
+        else:
+            item.future.set_result(task.result())
     except InvalidStateError:
-        pass  # it has been cancelled, or done
+        pass  # it has been cancelled
 
 
 def _guarded(work: Callable[[], R]) -> R:
@@ -365,6 +364,20 @@ def _loop_that_waits(noted: dict[str, Any]) -> AbstractEventLoop | None:
 
 _OURS = frozenset({current_caller, current_pool, running_context, time_limit, _executor})
 """Context variables that say what runs now, and so never flow out of it."""
+
+
+_executors: contextvars.ContextVar[_Storage] = sync.AsyncToSync.executors._storage._data
+"""Where the Local ``AsyncToSync.executors`` keeps its value. The Local itself takes a lock, which an interrupt on a
+caller's thread could leave locked for good, and every loop would stand still at it."""
+
+
+def _current_executor() -> CurrentThreadExecutor | None:
+    """Return ``AsyncToSync.executors.current``: that of the call which this thread works for."""
+    storage = _executors.get(None)
+    if storage is None or storage.thread_id != threading.get_ident():
+        return None
+    executor: CurrentThreadExecutor | None = storage.data.get("current")
+    return executor
 
 
 def _move_locals_here() -> None:
