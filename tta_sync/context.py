@@ -268,10 +268,12 @@ running_context: ContextVar[WorkflowContext | None] = ContextVar("tta_sync_conte
 class TimeLimit(float):
     """The moment at which a TimeoutPrimitive will cut the step inside it; ``struck`` is set just before it does.
 
-    ``outer`` is the limit around it.
+    ``outer`` is the limit around it. ``over`` is set when the step has ended: a task that the step has started and left
+    running still sees the limit, which does not hold for it any more.
     """
 
     outer: float | None = None
+    over = False
     struck = False
 
 
@@ -286,7 +288,7 @@ def cancel_reason(context: WorkflowContext) -> str | None:
     """
     limit = time_limit.get()
     while isinstance(limit, TimeLimit):
-        if limit.struck:
+        if limit.struck and not limit.over:
             return "timeout"
         limit = limit.outer
     deadline = context.deadline
@@ -309,9 +311,17 @@ def current_context() -> WorkflowContext | None:
     return None
 
 
+def limit_in_force() -> float | None:
+    """Return the earliest moment at which a TimeoutPrimitive around this step will cut it."""
+    limit = time_limit.get()
+    while isinstance(limit, TimeLimit) and limit.over:
+        limit = limit.outer
+    return limit
+
+
 def cut_off(context: WorkflowContext) -> float | None:
     """Return the moment on ``context.clock`` at which this step will be cut: by deadline or time limit."""
-    limit = time_limit.get()
+    limit = limit_in_force()
     deadline = context.deadline
     if deadline is None:
         return limit

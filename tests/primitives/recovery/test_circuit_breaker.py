@@ -901,7 +901,7 @@ class BreakerMachine(RuleBasedStateMachine):
             self.waiting[number] = self.loop.create_future()
             return await self.waiting[number]
 
-        self.breaker = self.kind(wait, config)
+        self.breaker = self.kind(wait, config, chance=random.Random(7))
 
     def teardown(self) -> None:
         if hasattr(self, "loop"):

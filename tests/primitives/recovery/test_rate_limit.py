@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -399,8 +400,8 @@ class SpendsOnRefusal(RateLimitPrimitive[Any, Any]):
     __module__ = "tta_sync.twins"
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
-        limit = self._limit
-        wait, limit.arrival = decide(limit.arrival, context.clock.monotonic(), self._interval, self._tolerance)
+        now = context.clock.monotonic()
+        wait, self._baton[0] = decide(self._baton[0], now, self._interval, self._tolerance)
         if wait:
             raise RateLimitedError("api", wait)
         return await self._inner(data, context)
@@ -434,6 +435,33 @@ def test_threads_with_loops_of_their_own_share_one_limit() -> None:
     for each in threads:
         each.join()
     assert len(log) == 20
+
+
+def test_limit_goes_on_when_a_thread_holds_it_or_has_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that finds the state taken waits for it; one that never comes back is begun anew."""
+    api = limited(lambda data: data, 1.0)
+    taken = api._baton.pop()
+    yields: list[float] = []
+
+    def give_back(seconds: float) -> None:
+        yields.append(seconds)
+        if len(yields) == 3:
+            api._baton.append(taken)
+
+    moments = itertools.count(0.0, 0.25)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=give_back, monotonic=lambda: next(moments)))
+    clock = FakeClock()
+    run(api, clock)
+    assert yields == [0, 0, 0]
+    api._baton.clear()
+    run(api, clock)
+    assert len(yields) > 3
+    monkeypatch.undo()
+    with pytest.raises(RateLimitedError):
+        run(api, clock)
+    api._baton.clear()
+    api.after_fork()
+    run(api, clock)
 
 
 def test_threads_wait_in_one_line() -> None:

@@ -361,6 +361,77 @@ def test_limit_is_visible_inside_and_gone_outside() -> None:
     assert seen == [3.0, 1.0, 3.0, 4.0]
 
 
+def test_task_left_running_by_a_step_is_not_bound_by_its_limit() -> None:
+    """What a step starts and leaves behind outlives the limit: it waits, retries and times out on its own."""
+    clock = FakeClock()
+    seen: list[Any] = []
+
+    async def background(context: WorkflowContext) -> None:
+        await clock.sleep(5.0)
+        seen.append(cut_off(context))
+        with pytest.raises(StepTimeoutError) as caught:
+            await TimeoutPrimitive(HANG, 2.0).execute(1, context)
+        seen.append((caught.value.timeout, clock.monotonic()))
+        seen.append(cancel_reason(context))
+
+    async def main(fails: bool) -> None:
+        tasks: list[asyncio.Task[None]] = []
+
+        async def start(data: Any, context: WorkflowContext) -> None:
+            tasks.append(asyncio.ensure_future(background(context)))
+            await clock.sleep(60.0 if fails else 0.5)
+
+        context = WorkflowContext(clock=clock)
+        try:
+            await TimeoutPrimitive(start, 1.0).execute(1, context)
+        except StepTimeoutError:
+            assert fails
+        await tasks[0]
+
+    for fails in (False, True):
+        began = clock.monotonic()
+        asyncio.run(main(fails))
+        assert seen == [None, (2.0, began + 7.0), None]
+        seen.clear()
+
+
+def test_step_is_cut_at_the_moved_deadline_when_it_was_moved() -> None:
+    """Work that several wait for gets the time of the most patient one; the own limit still holds."""
+    for own, moved, expected, kind in (
+        (60.0, 5.0, 5.0, DeadlineExceededError),
+        (3.0, 5.0, 3.0, StepTimeoutError),
+    ):
+        clock = FakeClock()
+        deadline = Deadline.after(2.0, clock)
+
+        async def hang(
+            data: Any, context: WorkflowContext, deadline: Deadline = deadline, moved: float = moved
+        ) -> None:
+            await context.clock.sleep(1.0)
+            deadline.at = moved
+            await context.clock.sleep(3600)
+
+        with pytest.raises(kind):
+            asyncio.run(TimeoutPrimitive(hang, own).execute(1, WorkflowContext(clock=clock, deadline=deadline)))
+        assert clock.monotonic() == expected
+
+
+def test_no_timer_is_set_when_the_waiting_caller_enforces_the_deadline() -> None:
+    """Under run_sync the caller cuts at the deadline: a longer limit inside costs a check and nothing else."""
+
+    async def count(data: Any) -> int:
+        await TimeoutPrimitive(lambda data: asyncio.sleep(0), 60.0).execute(1)
+        alarms = getattr(module._thread, "alarms", None)
+        return 0 if alarms is None else len(alarms._heap) + (alarms._timer is not None)
+
+    facade = SyncFacade()
+    try:
+        assert facade.run_sync(step(count), timeout=20.0) == 0
+        assert facade.run_sync(step(count), timeout=120.0) == 1
+    finally:
+        facade.shutdown(5)
+
+
 # ---- who else cancels -------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from tta_sync import events
-from tta_sync.context import WorkflowContext, cancel_reason
+from tta_sync.context import WorkflowContext, cancel_reason, time_limit
 from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError, CircuitOpenError, ConfigurationError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition
@@ -384,7 +384,11 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         except BaseException as error:
             self._ended(error, generation, lease, began, context)
             raise
-        if not self._quiet or lease is not None or cancel_reason(context) is not None:
+        if (
+            not self._quiet
+            or lease is not None
+            or ((time_limit.get() is not None or context.deadline is not None) and cancel_reason(context) is not None)
+        ):
             self._ended(None, generation, lease, began, context)
         return result
 

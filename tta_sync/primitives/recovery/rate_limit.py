@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Literal, Protocol
 
 from tta_sync import events
@@ -122,7 +123,9 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         self._tolerance = (burst - 1) * self._interval
         self._inner = self.primitive._run
         self._lock = threading.Lock()
-        self._limit = Limit()  # what there is without a key
+        # Without a key, in "reject" mode: who has popped the only entry, the arrival, owns it. Cheaper than a lock.
+        self._baton = [-math.inf]
+        self._limit = Limit()  # what there is without a key otherwise
         self._limits: OrderedDict[Hashable, Limit] = OrderedDict()  # guarded by _lock; longest unused first
         self._plain = key is None and store is None and not self._waits
         renew_after_fork(self)
@@ -136,23 +139,45 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
+        if not self._baton:
+            self._baton.append(-math.inf)
         for limit in (self._limit, *self._limits.values()):
             limit.line.clear()
 
-    async def _run(self, data: In, context: WorkflowContext) -> Out:
-        if self._plain:
-            limit = self._limit
-            now = context.clock.monotonic()
-            with self._lock:
-                arrival = limit.arrival  # decide(), spelled out: this is what each call pays
-                if arrival < now:
-                    arrival = now
-                wait = arrival - now - self._tolerance
-                if wait <= SLACK:
-                    limit.arrival = arrival + self._interval
-            if wait > SLACK:
-                raise self._refusal(wait, context)
-        elif self._store is None:
+    def _run(self, data: In, context: WorkflowContext) -> Coroutine[Any, Any, Out]:
+        # Not `async def`, which would cost a second frame: the step's own coroutine is what the caller awaits.
+        if not self._plain:
+            return self._limited(data, context)
+        now = context.clock.monotonic()
+        try:
+            arrival = self._baton.pop()
+        except IndexError:
+            arrival = self._wait_for_baton(now)
+        try:
+            due = arrival if arrival > now else now  # decide(), spelled out: this is what each call pays
+            wait = due - now - self._tolerance
+            if wait <= SLACK:
+                arrival = due + self._interval
+        finally:
+            self._baton.append(arrival)
+        return self._inner(data, context) if wait <= SLACK else self._refuse(wait, context)
+
+    def _wait_for_baton(self, now: float) -> float:
+        """Take the baton from the thread that has it, which needs it for a microsecond."""
+        give_up = time.monotonic() + 1.0
+        while time.monotonic() < give_up:
+            time.sleep(0)  # lets the other thread run
+            try:
+                return self._baton.pop()
+            except IndexError:
+                pass
+        return now  # a signal has struck between its taking and giving back, and it is lost: begin anew
+
+    async def _refuse(self, wait: float, context: WorkflowContext) -> Out:
+        raise self._refusal(wait, context)
+
+    async def _limited(self, data: In, context: WorkflowContext) -> Out:
+        if self._store is None:
             await self._take(self._key_of(data, context), context)
         else:
             await self._ask(self._store, self._key_of(data, context), context)

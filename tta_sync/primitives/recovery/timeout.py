@@ -6,21 +6,23 @@ import asyncio
 import functools
 import gc
 import heapq
+import inspect
 import itertools
 import math
 import threading
 import types
 import weakref
-from collections.abc import Callable, Generator
-from types import CoroutineType
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, NoReturn
 
 from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
-from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, time_limit
+from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, limit_in_force, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
 from tta_sync.primitives.core.composition import check_composition, inside
+
+Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
 TimeoutError = StepTimeoutError  # noqa: A001  # TTA.dev's name for it in this module
 
@@ -81,7 +83,9 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         self.track_timeouts = track_timeouts
         if name is not None:
             self.name = name
-        self._inner = self.primitive._run
+        # What is driven by hand must be a coroutine; a subclass's `execute` may return any awaitable.
+        run = self.primitive._run
+        self._inner: Run = run if inspect.iscoroutinefunction(run) else _awaiting(run)
         self._in_thread = any(part.runs_on == "pool" for part in limited)
         self._limited = frozenset(map(id, limited))  # what runs under the limit: all but the fallback
         self.peek_raises = getattr(self.primitive, "peek_raises", False)
@@ -110,32 +114,38 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         now = clock.monotonic()
         at: float = now + self.timeout_seconds
         outer = time_limit.get()
+        if outer is not None and getattr(outer, "over", False):
+            outer = limit_in_force()
         deadline = context.deadline
         if deadline is None or at <= deadline.at:
             deadline = None
-        elif deadline.at <= now:
-            deadline.raise_exceeded()
         else:
             at = deadline.at
+            if at <= now:
+                deadline.raise_exceeded()
         if outer is not None and outer <= at:
             if outer <= now:
                 raise StepTimeoutError(step_name(self.primitive), 0.0, "the limit around it had already passed")
-            return await self._inner(data, context)  # whoever set that limit cuts first
-        if deadline is None:  # else the steps inside see it already
-            at = TimeLimit(at)
-            if outer is not None:
-                at.outer = outer
-            time_limit.set(at)
+            within: Out = await self._inner(data, context)  # whoever set that limit cuts first
+            return within
+        if deadline is None:
+            at = limit = _OwnLimit(at)
+            limit.outer = outer
+            limit.over = limit.struck = False
+            time_limit.set(limit)
+        else:
+            caller = current_caller.get()
+            if caller is not None and getattr(caller, "deadline", None) == at:
+                covered: Out = await self._inner(data, context)  # whoever waits for the call cuts it then
+                return covered
 
         coroutine: Any = self._inner(data, context)
-        if type(coroutine) is not CoroutineType:
-            coroutine = _as_coroutine(coroutine)
         driver: _Driver | None = None
         cause: BaseException | None = None
         try:
             try:
                 # A step that never waits needs no timer: nothing could fire while it runs.
-                driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline)
+                driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline, now + self.timeout_seconds)
             except StopIteration as stop:
                 if clock.monotonic() < at:
                     return stop.value  # type: ignore[no-any-return]
@@ -144,7 +154,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     result: Out = await driver
                 finally:
                     driver.end()
-                if not driver.fired and clock.monotonic() < at:
+                if not driver.fired and clock.monotonic() < driver.at:
                     return result
         except BaseException as error:
             if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
@@ -152,10 +162,11 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             cause = error
         finally:
             if deadline is None:
+                limit.over = True
                 # Not reset(token): a step that is left behind ends in another context than it began in.
                 time_limit.set(outer)
         try:
-            return await self._cut(data, context, driver, deadline, cause)
+            return await self._cut(data, context, driver, deadline if driver is None else driver.deadline, cause)
         finally:
             cause = driver = None  # their frames lead back to this one
 
@@ -231,8 +242,17 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         return inner.peek(data, context) if inner.peeks else MISS
 
 
-async def _as_coroutine(awaitable: Any) -> Any:
-    return await awaitable
+def _awaiting(run: Run) -> Run:
+    async def awaiting(data: Any, context: WorkflowContext) -> Any:
+        return await run(data, context)
+
+    return awaiting
+
+
+class _OwnLimit(TimeLimit):
+    """A TimeLimit that is made for each call, and so without a dictionary."""
+
+    __slots__ = ("outer", "over", "struck")
 
 
 class _Alarms:
@@ -243,24 +263,16 @@ class _Alarms:
     while after the last step has ended, so that one step after another need not arm it anew.
     """
 
-    __slots__ = ("_armed", "_clock", "_heap", "_loop", "_numbers", "_over", "_timer")
+    __slots__ = ("_armed", "_heap", "_numbers", "_over", "_timer", "clock", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
-        self._loop = weakref.ref(loop)
-        self._clock = clock
+        self.loop = weakref.ref(loop)
+        self.clock = clock
         self._heap: list[tuple[float, int, _Driver]] = []
         self._numbers = itertools.count()
         self._over = 0  # entries whose step has ended
         self._armed = math.inf
         self._timer: Timer | None = None
-
-    @staticmethod
-    def of(loop: asyncio.AbstractEventLoop, clock: Clock) -> _Alarms:
-        """Return this thread's alarms for *loop* and *clock*; new ones where it last served others."""
-        alarms: _Alarms | None = getattr(_thread, "alarms", None)
-        if alarms is None or alarms._loop() is not loop or alarms._clock is not clock:
-            alarms = _thread.alarms = _Alarms(loop, clock)
-        return alarms
 
     def add(self, driver: _Driver, at: float) -> None:
         """Have ``driver.fire()`` called at the moment *at*."""
@@ -279,7 +291,7 @@ class _Alarms:
             heap[:] = [entry for entry in heap if not entry[2].over]
             heapq.heapify(heap)
             self._over = 0
-        if not heap and self._timer is not None and self._clock is not SYSTEM_CLOCK:
+        if not heap and self._timer is not None and self.clock is not SYSTEM_CLOCK:
             # A clock that jumps from timer to timer must not be led to one that no longer matters.
             self._timer.cancel()
             self._timer = None
@@ -289,13 +301,13 @@ class _Alarms:
         if self._timer is not None:
             self._timer.cancel()
         self._armed = at
-        self._timer = self._clock.call_at(at, self._ring)
+        self._timer = self.clock.call_at(at, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         self._armed = math.inf
         heap = self._heap
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         while heap and (heap[0][0] <= now or heap[0][2].over):
             driver = heapq.heappop(heap)[2]
             if driver.over:
@@ -316,26 +328,18 @@ class _Driver:
     task of its own, and gets one only when it does not end after its cancellation.
     """
 
-    __slots__ = (
-        "_abandon",
-        "_alarms",
-        "_asked",
-        "_clock",
-        "_coroutine",
-        "_grace",
-        "_stranded",
-        "_struck",
-        "_waited",
-        "cancelling",
-        "detached",
-        "fired",
-        "over",
-        "task",
-    )
-
     task: Any  # None once the step has ended within its limit
+    fired = False
+    detached = False
+    over = False
+    _abandon = False
+    _asked = 0  # cancellations of the task
+    _grace: Timer | None = None
+    _stranded: Any = None  # what the step waits for when it is left behind
 
-    def __init__(self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None) -> None:
+    def __init__(
+        self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None, latest: float
+    ) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
         if task is None:
@@ -346,16 +350,14 @@ class _Driver:
         self._coroutine = coroutine
         self._waited = waited  # what the step waited for first; taken before this was made
         self._clock = clock
-        self._struck: Any = at if deadline is None else deadline  # the one to blame
-        self._stranded: Any = None
-        self._abandon = False
-        self._asked = 0
-        self._grace: Timer | None = None
-        self.fired = False
-        self.detached = False
-        self.over = False
-        self._alarms = _Alarms.of(loop, clock)
-        self._alarms.add(self, at)
+        self.at = at
+        self.deadline = deadline  # the one to blame; None: the own limit
+        self._latest = latest  # the own limit
+        alarms: _Alarms | None = getattr(_thread, "alarms", None)
+        if alarms is None or alarms.loop() is not loop or alarms.clock is not clock:
+            alarms = _thread.alarms = _Alarms(loop, clock)  # those of another loop or clock ring on their own
+        self._alarms = alarms
+        alarms.add(self, at)
 
     def end(self) -> None:
         """Let go of everything: the step has ended, or was left behind."""
@@ -413,9 +415,19 @@ class _Driver:
 
     def fire(self) -> None:
         """Cancel the step: its limit has come."""
+        deadline = self.deadline
+        if deadline is not None and deadline.at > self.at:
+            # It was moved, as others wait for the same work, and longer.
+            self.at = TimeLimit(min(deadline.at, self._latest))
+            if self._latest < deadline.at:
+                self.deadline = None
+            if self.at > self._clock.monotonic():
+                self._alarms.add(self, self.at)
+                return
+        struck: Any = self.at if self.deadline is None else self.deadline
+        struck.struck = True
         self.fired = True
         self._asked = 1
-        self._struck.struck = True
         self._grace = self._clock.call_at(self._clock.monotonic() + GRACE, self._leave_behind)
         self.task.cancel()
 
@@ -453,6 +465,9 @@ _NOTHING: Any = object()
 
 
 async def _go_on(coroutine: Any, stranded: Any, error: BaseException | None) -> Any:
+    limit = TimeLimit(-math.inf)  # for what it still does: no more waits, no more retries, and no success for a breaker
+    limit.struck = True
+    time_limit.set(limit)
     return await _resume(coroutine, stranded, error)
 
 
