@@ -459,6 +459,26 @@ def test_work_is_dropped_when_the_task_that_wants_it_is_cancelled(facade: SyncFa
     assert ran == []
 
 
+def test_a_thread_of_its_own_keeps_to_itself_when_its_caller_has_gone(facade: SyncFacade) -> None:
+    """What a plain thread's call leaves over is not taken to a caller above: asgiref's rule for Locals."""
+
+    async def inner() -> asyncio.Task[int]:
+        async def late() -> int:
+            await gone.wait()
+            return await on_caller()
+
+        return asyncio.create_task(late())
+
+    async def outer() -> None:
+        task = await asyncio.to_thread(facade.async_to_sync(inner))
+        gone.set()
+        with pytest.raises(NoCallerError):
+            await task
+
+    gone = asyncio.Event()
+    facade.async_to_sync(outer)()
+
+
 def test_work_comes_from_a_foreign_loop_when_it_runs_below(facade: SyncFacade) -> None:
     """A loop of its own on a pool thread, below the call, reaches the calling thread too, results and errors alike."""
 
