@@ -1400,6 +1400,41 @@ def test_the_collector_changes_nothing_when_it_closes_what_a_dead_loop_has_left(
     assert contextvars.copy_context().run(elsewhere) == "elsewhere"
 
 
+def test_calls_in_flight_end_when_the_facade_is_shut_down(facade: SyncFacade) -> None:
+    """A call that waits, for itself or for code on its own thread, gets LoopUnavailableError, and the code its end."""
+    raised: list[type[BaseException]] = []
+    waiting, busy, free = threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        free.wait(PATIENCE)
+
+    async def wait() -> None:
+        asyncio.get_running_loop().call_soon(waiting.set)
+        await asyncio.sleep(PATIENCE)
+
+    async def wait_for_code() -> None:
+        await sync_to_async(hold)()
+
+    def call(function: Callable[[], Any]) -> None:
+        try:
+            facade.async_to_sync(function)()
+        except TTASyncError as error:
+            raised.append(type(error))
+
+    callers = [threading.Thread(target=call, args=(function,), daemon=True) for function in (wait, wait_for_code)]
+    for caller in callers:
+        caller.start()
+    assert waiting.wait(PATIENCE)
+    assert busy.wait(PATIENCE)
+    facade.shutdown(0.0)
+    free.set()
+    for caller in callers:
+        caller.join(PATIENCE)
+        assert not caller.is_alive()
+    assert raised == [LoopUnavailableError, LoopUnavailableError]
+
+
 def test_it_is_refused_when_the_facade_was_shut_down(facade: SyncFacade) -> None:
     """After shutdown() it raises LoopUnavailableError, and makes no coroutine."""
     facade.shutdown(0.0)

@@ -12,6 +12,8 @@ Added here is asgiref's own contract:
   because callers drive it, the call is left to asgiref.
 
 One difference is meant: asgiref's loop ends with the call and cancels what is left on it; here tasks left over run on.
+One is not: asgiref shows a Local's value to the thread that set it, so where callers drive the loop in turn, a
+coroutine may lose sight of one that it has set itself.
 
 Importing this module imports asgiref: that happens at the first use.
 
@@ -217,7 +219,7 @@ class CallerExecutor(CurrentThreadExecutor):
             return self._old_executor.submit(fn, *args, **kwargs)
         if running is self._loop:
             return cast("Future[R]", self._start(functools.partial(fn, *args, **kwargs)))
-        item = _WorkItem(Future(), fn, *args, **kwargs)
+        item = _WorkItem(Future(), functools.partial(fn, *args, **kwargs))
         self.append(item)
         return cast("Future[R]", item.future)
 
@@ -283,8 +285,8 @@ class CallerExecutor(CurrentThreadExecutor):
             _settle(item, task)
 
         def follow(future: Future[Any]) -> None:
-            if future.cancelled():
-                task.get_loop().call_soon_threadsafe(task.cancel)
+            if future.cancelled() and self._caller is not None:
+                self._caller.loop.post(task.cancel)
 
         task.add_done_callback(settle)
         item.future.add_done_callback(follow)
