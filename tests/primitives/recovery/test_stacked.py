@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tta_sync.primitives as primitives
-from tta_sync import run_sync
+from tta_sync import events, run_sync
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import BulkheadFullError, CircuitOpenError, DeadlineExceededError
 from tta_sync.primitives import recovery
@@ -95,6 +95,25 @@ def test_chaos_is_withstood_by_the_stack(run_shuffled: Callable[..., Any]) -> No
 
     for seed in range(5):
         run_shuffled(main(seed), seed)
+
+
+def test_errors_and_events_name_the_call_and_not_its_wrappers(workflow_events: list[events.Event]) -> None:
+    """In a stack each part speaks of the innermost call; a wrapper with a name of its own keeps it."""
+
+    async def hang(data: Any, context: WorkflowContext) -> None:
+        await context.clock.sleep(3600)
+
+    call = step(hang, name="fetch")
+    breaker: Any = CircuitBreakerPrimitive(TimeoutPrimitive(call, 1.0), failure_threshold=1)
+    workflow = FallbackPrimitive(RetryPrimitive(breaker, max_retries=1), step(lambda data: 1, name="backup"))
+    assert asyncio.run(workflow.execute(1, WorkflowContext(clock=FakeClock()))) == 1
+    assert breaker.name == "fetch"
+    assert {event.step for event in workflow_events} == {"fetch"}
+    used = next(event for event in workflow_events if isinstance(event, events.FallbackUsed))
+    assert (used.failed, used.used) == ("fetch", "backup")
+    named: Any = CircuitBreakerPrimitive(CircuitBreakerPrimitive(call, name="inner"))
+    assert named.name == "inner"
+    assert CircuitBreakerPrimitive(call >> call).name == "SequentialPrimitive"
 
 
 # ---- through the facade -----------------------------------------------

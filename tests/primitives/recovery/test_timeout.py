@@ -781,13 +781,27 @@ def test_foreign_future_type_is_cancelled_a_second_time(caplog: pytest.LogCaptur
     """Where a future does not show who waits for it, the way to the caller is a second cancellation."""
     seen: list[str] = []
 
-    class Closed(asyncio.Future):  # type: ignore[type-arg]
-        _callbacks = None
+    class Foreign:
+        """A future by duck typing, as other libraries have them."""
+
+        _asyncio_future_blocking = False
+
+        def __init__(self) -> None:
+            self.future = asyncio.get_running_loop().create_future()
+            self.add_done_callback = self.future.add_done_callback
+            self.remove_done_callback = self.future.remove_done_callback
+            self.get_loop = self.future.get_loop
+            self.cancel = self.future.cancel
+
+        def __await__(self) -> Any:
+            self._asyncio_future_blocking = True
+            yield self
+            return self.future.result()
 
     async def stubborn(data: Any, context: WorkflowContext) -> None:
         for _ in range(3):
             try:
-                await Closed()
+                await Foreign()
             except asyncio.CancelledError:
                 seen.append("cancelled")
 
@@ -801,6 +815,34 @@ def test_foreign_future_type_is_cancelled_a_second_time(caplog: pytest.LogCaptur
 
     asyncio.run(main())
     assert seen == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize("limits", [(1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.5)])
+def test_step_in_several_limits_is_left_behind_once(
+    limits: tuple[float, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Limits that strike together neither disturb the step a second time nor count their cancellations against one
+    another; one that strikes during the grace of another leaves that to it."""
+    clock = FakeClock()
+    ended: list[str] = []
+    workflow: WorkflowPrimitive[Any, Any] = step(swallower(ended, 5.0))
+    for seconds in limits:
+        workflow = TimeoutPrimitive(workflow, seconds)
+
+    async def main() -> None:
+        with pytest.raises(StepTimeoutError) as caught:
+            await workflow.execute(1, WorkflowContext(clock=clock))
+        assert caught.value.timeout == limits[-1]
+        assert clock.monotonic() == 2.0
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        while module.orphans:
+            await asyncio.wait(set(module.orphans))
+
+    asyncio.run(main())
+    assert ended.count("swallowed") <= len(limits)
+    assert ended[-1] == "ended"
 
 
 def test_busy_step_is_left_behind_too() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import BulkheadFullError, ConfigurationError
-from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, call_next
+from tta_sync.primitives.recovery.naming import call_name
 
 
 class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
@@ -63,7 +64,7 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
         self.max_concurrent = max_concurrent
         self.max_queue = max_queue
         self.max_wait = max_wait
-        self.name = name or step_name(self.primitive)
+        self.name = name or call_name(self.primitive)
         self._inner = self.primitive._run
         self._lock = threading.Lock()
         self._in_use = 0  # guarded by _lock

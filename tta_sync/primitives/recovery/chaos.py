@@ -10,9 +10,10 @@ from typing import Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
+from tta_sync.primitives.recovery.naming import call_name
 
 
 class ChaosError(ConnectionError):
@@ -98,7 +99,7 @@ class ChaosPrimitive(WorkflowPrimitive[In, Out]):
     def _failure(self) -> BaseException:
         error = self._error
         if error is None:
-            return ChaosError(f"made up by ChaosPrimitive instead of calling {step_name(self.primitive)}")
+            return ChaosError(f"made up by ChaosPrimitive instead of calling {call_name(self.primitive)}")
         return error if isinstance(error, BaseException) else error()
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason, time_limit
 from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError, CircuitOpenError, ConfigurationError
-from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
+from tta_sync.primitives.recovery.naming import call_name
 from tta_sync.primitives.recovery.retry import LONGEST_WAIT, REJECTIONS, ErrorTypes, retry_after_of
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
             raise ConfigurationError(
                 str(error).replace("CircuitBreakerConfig.__init__()", "a circuit breaker")
             ) from None
-        self.name = name or step_name(self.primitive)
+        self.name = name or call_name(self.primitive)
         self._hints = hints
         self._chance = chance or _chance
         self._window = window_of(self.config)

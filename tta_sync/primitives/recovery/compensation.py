@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext, time_limit
 from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.recovery.naming import call_name
 from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
                 position = len(inputs) - 1
                 note(failure, f"in step {position + 1} of {len(self.steps)} of a saga: {self.steps[position][0]!r}")
             undoing = asyncio.get_running_loop().create_task(
-                self._compensate(inputs, context, errors, interrupts), name=f"compensations of {step_name(self)}"
+                self._compensate(inputs, context, errors, interrupts), name=f"compensations of {call_name(self)}"
             )
             while not undoing.done():
                 try:
@@ -152,11 +153,12 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
 
     def _failed(self, position: int, error: Exception, context: WorkflowContext) -> None:
         compensation = self.steps[position][1]
+        assert compensation is not None  # it has just failed
         note(error, f"in the compensation of step {position + 1} of {len(self.steps)}: {compensation!r}")
         if events.bus.emit is not None:
             events.bus.emit(
                 events.CompensationFailed(
-                    step=step_name(compensation), correlation_id=context.correlation_id, error=error
+                    step=call_name(compensation), correlation_id=context.correlation_id, error=error
                 )
             )
 
@@ -183,7 +185,7 @@ class _Compensation(WorkflowPrimitive[Any, Any]):
 
     def __init__(self, compensation: Step) -> None:
         self.compensation = compensation
-        self.name = step_name(compensation)
+        self.name = call_name(compensation)
 
     def children(self) -> tuple[Step, ...]:
         return (self.compensation,)

@@ -16,9 +16,9 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
     peek_value,
-    step_name,
 )
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.recovery.naming import call_name
 
 
 class FallbackPrimitive(WorkflowPrimitive[In, Out]):
@@ -97,10 +97,10 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
                 if events.bus.emit is not None:
                     events.bus.emit(
                         events.FallbackUsed(
-                            step=step_name(self),
+                            step=call_name(self),
                             correlation_id=context.correlation_id,
-                            failed=step_name(failed),
-                            used=step_name(step),
+                            failed=call_name(failed),
+                            used=call_name(step),
                             error=error,
                         )
                     )

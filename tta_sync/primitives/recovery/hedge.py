@@ -11,9 +11,10 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note, step_name
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.recovery.forks import renew_after_fork
+from tta_sync.primitives.recovery.naming import call_name
 from tta_sync.primitives.recovery.retry import RetryBudget
 from tta_sync.primitives.recovery.timeout import GRACE, leave_behind
 
@@ -174,7 +175,7 @@ class _Race:
                     self._start()
 
     def _start(self) -> None:
-        name = f"attempt {len(self._tasks) + 1} of {step_name(self._hedge.primitive)}"
+        name = f"attempt {len(self._tasks) + 1} of {call_name(self._hedge.primitive)}"
         self._running += 1
         attempt = self._attempt(self._context.create_child_context())
         self._tasks.append(self._loop.create_task(attempt, name=name))
@@ -248,7 +249,7 @@ class _Race:
         if events.bus.emit is not None:
             events.bus.emit(
                 events.HedgeStarted(
-                    step=step_name(self._hedge.primitive),
+                    step=call_name(self._hedge.primitive),
                     correlation_id=self._context.correlation_id,
                     delay=self._delay,
                 )

@@ -13,10 +13,11 @@ from typing import Any, Literal, Protocol
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, takes_context
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, takes_context
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, lead
+from tta_sync.primitives.recovery.naming import call_name
 
 MAX_KEYS = 100_000
 SLACK = 1e-9
@@ -112,7 +113,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         self.rate = float(rate)
         self.burst = burst
         self.mode = mode
-        self.name = name or step_name(self.primitive)
+        self.name = name or call_name(self.primitive)
         self._key = key
         self._key_takes_context = key is not None and takes_context(key)
         self._waits = mode == "wait"

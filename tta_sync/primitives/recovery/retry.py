@@ -38,6 +38,7 @@ from tta_sync.primitives.core.base import (
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.recovery.forks import renew_after_fork
+from tta_sync.primitives.recovery.naming import call_name
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -441,7 +442,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                 if events.bus.emit is not None:
                     events.bus.emit(
                         events.RetryScheduled(
-                            step=step_name(self.primitive),
+                            step=call_name(self.primitive),
                             correlation_id=context.correlation_id,
                             attempt=attempt,
                             delay=verdict.delay,
@@ -537,7 +538,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         if events.bus.emit is not None:
             events.bus.emit(
                 events.RetryExhausted(
-                    step=step_name(self.primitive),
+                    step=call_name(self.primitive),
                     correlation_id=context.correlation_id,
                     attempts=attempts,
                     error=error,

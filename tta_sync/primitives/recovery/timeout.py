@@ -19,8 +19,9 @@ from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
 from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, limit_in_force, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
-from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name
+from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition, inside
+from tta_sync.primitives.recovery.naming import call_name
 
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
@@ -125,7 +126,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 deadline.raise_exceeded()
         if outer is not None and outer <= at:
             if outer <= now:
-                raise StepTimeoutError(step_name(self.primitive), 0.0, "the limit around it had already passed")
+                raise StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
             within: Out = await self._inner(data, context)  # whoever set that limit cuts first
             return within
         if deadline is None:
@@ -197,7 +198,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
 
     def _timed_out(self, context: WorkflowContext, detached: bool, blocked: bool) -> StepTimeoutError:
         """Note that the limit was hit, and make the error that says so."""
-        name = step_name(self.primitive)
+        name = call_name(self.primitive)
         if self.track_timeouts:
             state = context.state
             state["timeout_count"] = state.get("timeout_count", 0) + 1
@@ -229,10 +230,10 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         if events.bus.emit is not None:
             events.bus.emit(
                 events.FallbackUsed(
-                    step=step_name(self),
+                    step=call_name(self),
                     correlation_id=context.correlation_id,
-                    failed=step_name(self.primitive),
-                    used=step_name(fallback),
+                    failed=call_name(self.primitive),
+                    used=call_name(fallback),
                     error=error,
                 )
             )
@@ -447,8 +448,11 @@ class _Driver:
                 gate.set_result(None)
                 loop.call_soon(callback, gate, context=variables)
                 return
-        self._asked = 2
-        task.cancel()  # a future of a foreign kind: the step is cancelled a second time
+        if not isinstance(waited, asyncio.Future):
+            # A future of a foreign kind, which does not show who waits for it: the step is cancelled a second time.
+            self._asked = 2
+            task.cancel()
+        # Else a limit inside has just done the same, and the task is about to run.
 
     def _detach(self, error: BaseException | None) -> NoReturn:
         """Let the step go on in a task of its own."""
