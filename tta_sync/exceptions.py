@@ -128,8 +128,27 @@ class CircuitOpenError(WorkflowError):
         failures = f"after {self.failure_count} failures"
         return f"circuit {self.circuit} is open {failures}; next try in {self.retry_after:.3g} s"
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        # The last error is any object of the user's: where it cannot cross to another process, its text does.
+        state = {name: value for name, value in self.__dict__.items() if name != "last_error"}
+        arguments = self.circuit, self.retry_after, self.failure_count, _portable(self.last_error)
+        return type(self), arguments, state
+
 
 CircuitBreakerError = CircuitOpenError  # TTA.dev's name
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """Return *error* if it pickles, else one that tells what it was."""
+    if error is None:
+        return None
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  # our own bytes
+    except Exception:
+        return WorkflowError(f"{type(error).__qualname__}: {str(error)[:500]}")
+    return error
 
 
 class BulkheadFullError(WorkflowError):

@@ -132,6 +132,28 @@ def test_open_circuit_error_carries_all_four_attributes() -> None:
     assert (copy.circuit, copy.retry_after) == ("svc", 40.0)
 
 
+def test_open_circuit_error_pickles_whatever_opened_the_circuit() -> None:
+    """An error that cannot cross to another process goes as its text; httpx's own are such."""
+    import httpx
+
+    class Local(Exception):
+        pass
+
+    for error in (
+        httpx.HTTPStatusError("busy", request=httpx.Request("GET", "http://x"), response=httpx.Response(503)),
+        Local("local"),
+    ):
+        refused = CircuitOpenError("svc", 3.0, 5, error)
+        refused.add_note("a note")
+        assert refused.last_error is error
+        copy = pickle.loads(pickle.dumps(refused))
+        assert (copy.circuit, copy.retry_after, copy.failure_count) == ("svc", 3.0, 5)
+        assert type(error).__name__ in str(copy.last_error)
+        assert str(error) in str(copy.last_error)
+        assert copy.__notes__ == ["a note"]
+    assert pickle.loads(pickle.dumps(CircuitOpenError("svc"))).last_error is None
+
+
 def test_circuit_closes_after_enough_probes_have_succeeded() -> None:
     """Half-open after recovery_timeout, closed after success_threshold successes."""
     bench = Bench(failure_threshold=1, recovery_timeout=10.0, success_threshold=2)
