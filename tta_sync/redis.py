@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import shutil
 import weakref
@@ -70,17 +71,36 @@ def endpoint(source: Any) -> Endpoint:
             f"{type(source).__name__} is no client of one Redis server: "
             "give redis.Redis(...), redis.asyncio.Redis(...), RedisBackend(url), or what has async get, set and delete"
         )
-    options = {name: value for name, value in pool.connection_kwargs.items() if name in _ADDRESS or name[:4] == "ssl_"}
+    options = {name: value for name, value in pool.connection_kwargs.items() if name in _ADDRESS and value}
+    secure = kind.__name__.startswith("SSL")
+    if secure:
+        options |= _tls_options(pool.connection_kwargs)
     known = (kind.__name__, *sorted((name, _hashable(value)) for name, value in options.items()))
     found = _endpoints.get(known)
     if found is None:
-        dial = _dialler(options, secure=kind.__name__.startswith("SSL"))
+        dial = _dialler(options, secure)
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         found = _endpoints.setdefault(known, Endpoint(dial, f"Redis at {place}"))
     return found
 
 
 _ADDRESS = frozenset({"host", "port", "path", "db", "username", "password", "credential_provider", "client_name"})
+
+
+def _tls_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what says how to trust the server.
+
+    Raises:
+        ConfigurationError: the client demands a check that is not made here.
+    """
+    from redis.asyncio.connection import SSLConnection
+
+    known = inspect.signature(SSLConnection.__init__).parameters
+    options = {name: value for name, value in given.items() if name[:4] == "ssl_" and value is not None}
+    for name in [name for name in options if name not in known]:
+        if options.pop(name):
+            raise ConfigurationError(f"{name} is not supported here: leave it out, or terminate TLS elsewhere")
+    return options
 
 
 def _hashable(value: Any) -> Hashable:
@@ -100,7 +120,8 @@ def _dialler(options: dict[str, Any], secure: bool) -> Dial:
             if not tls:
                 from redis.asyncio.connection import SSLConnection
 
-                tls.append(SSLConnection(**{k: v for k, v in options.items() if k[:4] == "ssl_"}).ssl_context.get())
+                trust = {name: value for name, value in options.items() if name[:4] == "ssl_"}
+                tls.append(SSLConnection(**trust).ssl_context.get())
             _, wire = await loop.create_connection(
                 make, host, int(options.get("port") or 6379), ssl=tls[0], server_hostname=host
             )

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.primitives.core.base import WorkflowPrimitive
 from tta_sync.testing.clock import FakeClock
+
+settings.register_profile("unhurried", deadline=None, database=None)
+settings.load_profile("unhurried")
 
 
 class Step(WorkflowPrimitive[Any, Any]):

@@ -136,7 +136,20 @@ def test_cache_says_what_it_caches_when_printed(step: Any) -> None:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [1, "a", None, [1, {"b": (2.0, None)}], {"x": 1, "y": [True]}, b"bytes", {b"k": 1}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        1,
+        "a",
+        None,
+        [1, {"b": (2.0, None)}],
+        {"x": 1, "y": [True]},
+        b"bytes",
+        {b"k": 1},
+        datetime.date(2026, 1, 1),
+        [bytearray(b"x")],
+    ],
+)
 def test_equal_data_hit_when_they_are_another_object(Step: Any, call: Any, data: Any) -> None:
     """A hit needs equal data, not the same object; also by peek."""
     import copy
@@ -380,6 +393,35 @@ def test_objects_are_weighed_when_bytes_are_bounded(Step: Any, call: Any) -> Non
     call(cache, 1)
     call(cache, 2)
     assert cache.get_stats()["size"] == 1
+
+
+def test_weighing_ends_when_a_result_is_huge() -> None:
+    """The estimate of a result's size is bounded itself: in breadth, and in depth."""
+    from tta_sync.primitives.performance import snapshots
+
+    broad = Mutable([Mutable([number]) for number in range(50_000)])  # type: ignore[misc]  # any items do
+    deep: Any = 1
+    for _ in range(500):
+        deep = Mutable([deep])
+    for value in (broad, deep):
+        budget = [10_000]
+        assert snapshots._size(value, budget=budget) > 0
+        assert budget[0] > -70_000
+
+
+def test_store_is_kept_or_given_up_when_the_process_was_forked(step: Any, call: Any) -> None:
+    """Whole, it is the child's; torn by a thread that is not there any more, it is empty. The lock is open."""
+    cache = CachePrimitive(step, ttl=60)
+    call(cache)
+    store = cache._store
+    assert store is not None
+    store.after_fork()
+    assert cache.get_stats()["size"] == 1
+    store.lock.acquire()
+    store.after_fork()
+    assert cache.get_stats()["size"] == 0
+    call(cache)
+    assert step.calls == 2
 
 
 # ---- expiry ----------------------------------------------------------------------------------------------------------
@@ -1140,6 +1182,56 @@ def test_soft_ttl_and_stale_if_error_hold_when_the_backend_is_the_users_own(step
     asyncio.run(main())
 
 
+def test_late_result_is_not_kept_when_it_was_invalidated_while_it_was_written(step: Any) -> None:
+    """A store that takes its time cannot bring back what was forgotten meanwhile."""
+
+    class Slow(Dictionary):
+        async def set(self, key: str, value: Any, ttl_seconds: float) -> None:
+            writing.set()
+            await written.wait()
+            await super().set(key, value, ttl_seconds)
+
+    writing, written = asyncio.Event(), asyncio.Event()
+    backend = Slow()
+    cache = CachePrimitive(step, backend=backend, namespace="n")
+
+    async def main() -> None:
+        call = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
+        await writing.wait()
+        await cache.ainvalidate(1)
+        written.set()
+        assert await call == {"for": 1}
+        assert backend.kept == {}
+
+    asyncio.run(main())
+
+
+class SlottedStore:
+    """A back end that lets nobody write on it."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    async def get(self, key: str) -> Any | None:
+        return self.kept.get(key)
+
+    async def set(self, key: str, value: Any, ttl_seconds: float) -> None:
+        self.kept[key] = value
+
+    async def delete(self, key: str) -> None:
+        self.kept.pop(key, None)
+
+
+def test_users_own_backend_needs_no_dict_when_it_is_given(step: Any, call: Any) -> None:
+    """A store with slots works like any other."""
+    cache = CachePrimitive(step, backend=SlottedStore())
+    call(cache)
+    call(cache)
+    assert step.calls == 1
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -1193,6 +1285,24 @@ def test_threads_and_the_loop_agree_when_they_use_one_cache_at_once(Step: Any) -
     assert store is not None
     assert store.bytes == sum(entry.size for entry in store.entries.values())
     assert set(store.forms.values()) <= set(store.entries.values())
+
+
+def test_result_of_another_loop_is_taken_when_it_was_stored_a_moment_ago(step: Any) -> None:
+    """A call that found nothing, and began only after somebody else had stored the result, does not compute again."""
+    first = True
+
+    def tags(data: Any) -> list[str]:  # asked between the look and the computation
+        nonlocal first
+        if first:
+            first = False
+            other = threading.Thread(target=lambda: asyncio.run(cache.execute(1, WorkflowContext())))
+            other.start()
+            other.join()
+        return []
+
+    cache = CachePrimitive(step, ttl=60, tags=tags)
+    assert asyncio.run(cache.execute(1, WorkflowContext())) == {"for": 1}
+    assert step.calls == 1
 
 
 # ---- the facade and other primitives ---------------------------------------------------------------------------------

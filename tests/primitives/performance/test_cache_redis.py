@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import os
 import pickle
@@ -214,6 +215,39 @@ def test_waiters_get_copies_when_one_computation_serves_them(Step: Any, cached: 
         assert step.calls == 1
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("data", [b"bytes", [b"x", 1], datetime.date(2026, 1, 1), {"when": datetime.date(2026, 1, 1)}])
+def test_results_are_found_when_the_data_are_not_all_plain(step: Any, cached: Any, call: Any, data: Any) -> None:
+    """Bytes and dates are data like any other; what looks like bytes is not."""
+    step.answer = lambda data: 1
+    cache = cached(step)
+    call(cache, data)
+    call(cache, data)
+    assert step.calls == 1
+    if isinstance(data, bytes):
+        call(cache, bytearray(data))
+        assert step.calls == 2
+
+
+def test_names_take_bounded_memory_when_there_are_many(
+    Step: Any, cached: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process remembers of keys is bounded, and forgetting it changes nothing."""
+    from tta_sync.primitives.performance import shared
+
+    monkeypatch.setattr(shared, "_MAX_NAMES", 3)
+    step = Step(lambda data: {data})
+    cache = cached(step)
+    for data in range(10):
+        call(cache, data)
+    assert len(cache._layer._names) <= 3
+    assert len(cache._layer._uncarried) <= 3
+    good = Step()
+    other = cached(good, namespace="other")
+    for data in [*range(10), *range(10)]:
+        assert call(other, data) == {"for": data}
+    assert good.calls == 10
 
 
 # ---- what is not believed --------------------------------------------------------------------------------------------
@@ -730,6 +764,74 @@ def test_late_writer_loses_when_its_key_was_invalidated_meanwhile(cached: Any, h
         gates[1].set()
         assert await late == 2
         assert await one.execute(1, WorkflowContext()) == 2
+
+    asyncio.run(main())
+
+
+def test_late_result_is_not_stored_when_its_own_process_invalidated_it(cached: Any, client: redis.Redis) -> None:
+    """Nor is a later caller in this process handed the early result."""
+    gates: list[asyncio.Event] = []
+    cache = cached(numbering(gates))
+
+    async def main() -> None:
+        early = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
+        await grown(gates, 1)
+        await cache.ainvalidate(1)
+        late = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
+        await grown(gates, 2)
+        gates[0].set()
+        assert await early == 1
+        assert stored(client) == []
+        gates[1].set()
+        assert await late == 2
+        assert await cache.execute(1, WorkflowContext()) == 2
+
+    asyncio.run(main())
+
+
+def test_waiter_goes_on_waiting_when_junk_appears_under_the_key(cached: Any, client: redis.Redis) -> None:
+    """What cannot be believed is not taken for the result that is being waited for."""
+    gates: list[asyncio.Event] = []
+    number = numbering(gates)
+    one, other = cached(number), cached(number)
+
+    async def main() -> None:
+        first = asyncio.ensure_future(one.execute(1, WorkflowContext()))
+        await grown(gates, 1)
+        waiting = asyncio.ensure_future(other.execute(1, WorkflowContext()))
+        await asyncio.sleep(0.02)
+        (lock,) = client.keys("*:lock")
+        client.set(lock.removesuffix(b":lock"), b"junk")
+        await asyncio.sleep(0.1)
+        assert len(gates) == 1
+        gates[0].set()
+        assert await asyncio.gather(first, waiting) == [1, 1]
+
+    asyncio.run(main())
+
+
+def test_waiter_is_told_of_degradation_when_another_process_computed(cached: Any) -> None:
+    """The mark reaches whoever waited for the lock."""
+    gates: list[asyncio.Event] = []
+
+    async def lesser(data: Any, context: WorkflowContext) -> int:
+        gates.append(asyncio.Event())
+        await gates[-1].wait()
+        context.mark_degraded()
+        return 0
+
+    one, other = cached(lesser), cached(lesser)
+
+    async def main() -> None:
+        contexts = [WorkflowContext(), WorkflowContext()]
+        first = asyncio.ensure_future(one.execute(1, contexts[0]))
+        await grown(gates, 1)
+        second = asyncio.ensure_future(other.execute(1, contexts[1]))
+        await asyncio.sleep(0.02)
+        gates[0].set()
+        await asyncio.gather(first, second)
+        assert [context.degraded for context in contexts] == [True, True]
+        assert len(gates) == 1
 
     asyncio.run(main())
 

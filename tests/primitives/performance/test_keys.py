@@ -235,3 +235,10 @@ def test_plain_is_told_from_lookalikes_when_asked() -> None:
     assert keys.holds_bytes([{"a": (1, {b"x"})}])
     assert keys.holds_bytes({b"x": 1})
     assert not keys.holds_bytes([{"a": ("x", {1})}])
+
+
+def test_tenant_called_like_no_tenant_is_another_one() -> None:
+    """None, "_", "%5F" and "" are four tenants; a number is the text of it."""
+    assert len({keys.prefix(tenant) for tenant in (None, "_", "%5F", "", "%")}) == 5
+    assert keys.prefix(7) == keys.prefix("7")  # type: ignore[arg-type]  # that is the point
+    assert keys.exact_form(1, Level.LOW) is None  # type: ignore[arg-type]  # not to be marshalled

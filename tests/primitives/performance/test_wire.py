@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import gc
 import os
+import queue
 import signal
 import socket
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +19,9 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, strategies as st
 
 from tta_sync.exceptions import ConfigurationError
@@ -23,6 +30,7 @@ from tta_sync.primitives.performance.wire import (
     Bounds,
     Endpoint,
     Link,
+    Listener,
     Oversized,
     RedisDown,
     Refused,
@@ -560,6 +568,179 @@ def test_loops_on_two_threads_have_connections_of_their_own_when_they_ask_at_onc
     assert len(set(numbers)) == 2
 
 
+# ---- links and listeners in odd moments ------------------------------------------------------------------------------
+
+
+def test_server_counts_as_down_when_connecting_never_ends() -> None:
+    """A dial that hangs, as one into a firewall does, is given up at the limit."""
+
+    async def dial(make: Any) -> Wire:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> None:
+        link = Link(dial, Bounds(0.05, 1000))
+        with pytest.raises(RedisDown, match="did not answer in time"):
+            await link.ask("PING")
+        assert link.down
+        link.close()
+
+    asyncio.run(main())
+
+
+def test_hurried_caller_leaves_when_connecting_takes_longer_than_he_has() -> None:
+    """A caller's own limit holds while a connection is being opened, too."""
+
+    async def dial(make: Any) -> Wire:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> None:
+        link = Link(dial, Bounds(1000.0, 1000))
+        with pytest.raises(RedisDown, match="the time that this call has left"):
+            await link.ask("PING", limit=0.01)
+        assert not link.down
+        link.close()
+
+    asyncio.run(main())
+
+
+def test_server_counts_as_down_when_the_connection_is_lost_as_it_opens() -> None:
+    """A wire that failed before anybody could use it is not used."""
+
+    async def dial(make: Any) -> Wire:
+        wire: Wire = make()
+        wire.connection_made(Transport())
+        wire.connection_lost(None)
+        return wire
+
+    async def main() -> None:
+        link = Link(dial, Bounds(1.0, 1000))
+        with pytest.raises(RedisDown):
+            await link.ask("PING")
+        assert link.down
+        assert link.connected is None
+        link.close()
+
+    asyncio.run(main())
+
+
+def test_connection_is_closed_when_its_link_was_closed_while_it_opened() -> None:
+    """Nobody is left to use it."""
+    transport = Transport()
+
+    async def main() -> None:
+        opened = asyncio.Event()
+
+        async def dial(make: Any) -> Wire:
+            wire: Wire = make()
+            wire.connection_made(transport)
+            opened.set()
+            return wire
+
+        link = Link(dial, Bounds(1.0, 1000))
+        call = asyncio.ensure_future(link.ask("PING"))
+        await opened.wait()
+        link.closed = True
+        with pytest.raises(RedisDown):
+            await call
+        assert transport.aborted
+
+    asyncio.run(main())
+
+
+class Ear:
+    """Somebody who listens."""
+
+    def __init__(self) -> None:
+        self.heard: list[bytes] = []
+        self.caught_up = 0
+
+    def hear(self, message: bytes) -> None:
+        self.heard.append(message)
+
+    async def catch_up(self) -> None:
+        self.caught_up += 1
+
+
+def test_listener_hears_again_when_the_server_was_silent_and_comes_back(
+    own_redis_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection on which nothing is said is tried now and then, and replaced when it is dead."""
+    monkeypatch.setattr(Listener, "_KEEP_ALIVE", 0.02)
+    place = endpoint(own_redis_server.url)
+
+    async def main() -> None:
+        ear, other = Ear(), Ear()
+        listener = place.listener
+        assert place.listener is listener
+        await listener.listen(b"news", ear)
+        await listener.listen(b"gossip", other)
+        assert listener.hears(b"news", ear)
+        assert not listener.hears(b"gossip", ear)
+        os.kill(own_redis_server.pid, signal.SIGSTOP)
+        try:
+            while listener.hears(b"news", ear):
+                await asyncio.sleep(0.005)
+        finally:
+            os.kill(own_redis_server.pid, signal.SIGCONT)
+        del other
+        gc.collect()
+        before = ear.caught_up
+        while not listener.hears(b"news", ear):
+            await asyncio.sleep(0.005)
+        assert ear.caught_up > before
+        with redis.Redis.from_url(own_redis_server.url) as client:
+            client.publish("news", "hello")
+            client.publish("gossip", "nobody hears")
+        while not ear.heard:
+            await asyncio.sleep(0.005)
+        assert ear.heard == [b"hello"]
+
+    asyncio.run(main())
+
+
+def test_listener_rests_when_nobody_listens_any_more(patient_url: str) -> None:
+    """Once all who listened are gone, a lost connection is not replaced."""
+
+    async def main() -> None:
+        ear = Ear()
+        listener = endpoint(patient_url).listener
+        await listener.listen(b"news", ear)
+        del ear
+        gc.collect()
+        assert listener._link.connected is not None
+        listener._link.connected.fail(ConnectionError("lost"))
+        await asyncio.sleep(0.05)
+        assert listener._link.connected is None
+        assert listener._again is None
+
+    asyncio.run(main())
+
+
+def test_listener_goes_on_trying_when_the_server_refuses_it(own_redis_server: Any) -> None:
+    """A user who may not subscribe hears nothing, and everything once he may."""
+    with redis.Redis.from_url(own_redis_server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "app", "on", ">p", "~*", "+@all", "resetchannels", "&other")
+        place = endpoint(f"redis://app:p@127.0.0.1:{own_redis_server.port}")
+
+        async def main() -> None:
+            ear = Ear()
+            listener = place.listener
+            with pytest.raises(RedisDown, match="NOPERM"):
+                await listener.listen(b"news", ear)
+            assert not listener.hears(b"news", ear)
+            assert listener._link.connected is not None
+            listener._link.connected.fail(ConnectionError("lost"))
+            await asyncio.sleep(0.1)
+            assert not listener.hears(b"news", ear)
+            admin.execute_command("ACL", "SETUSER", "app", "&news")
+            while not listener.hears(b"news", ear):
+                await asyncio.sleep(0.005)
+
+        asyncio.run(main())
+
+
 # ---- addresses -------------------------------------------------------------------------------------------------------
 
 
@@ -569,7 +750,8 @@ def test_server_is_the_same_when_its_address_is_spelt_otherwise(patient_url: str
     kept = endpoint(redis.Redis(host="127.0.0.1", port=port, socket_timeout=1, decode_responses=True))
     assert endpoint(redis.asyncio.Redis(host="127.0.0.1", port=port)) is kept
     assert endpoint(redis.Redis(host="127.0.0.1", port=port, db=1)) is not kept
-    assert endpoint(patient_url).name == kept.name == f"Redis at 127.0.0.1:{port}"
+    assert endpoint(patient_url) is kept
+    assert kept.name == f"Redis at 127.0.0.1:{port}"
 
 
 def test_database_name_and_password_are_used_when_the_client_has_them(own_redis_server: Any) -> None:
@@ -624,6 +806,87 @@ def test_unix_socket_is_used_when_the_url_names_one(tmp_path: Any) -> None:
     finally:
         server.terminate()
         server.wait(20)
+
+
+@pytest.fixture
+def tls(tmp_path: Any, patient_url: str) -> Iterator[tuple[int, str]]:
+    """A TLS server before the session's Redis: its port, and the certificate that vouches for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    text = certificate.public_bytes(serialization.Encoding.PEM)
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "both.pem").write_bytes(secret + text)
+    (tmp_path / "trusted.pem").write_bytes(text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    redis_port = int(patient_url.rpartition(":")[2].partition("/")[0])
+    ready: queue.Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = queue.Queue()
+
+    async def serve() -> None:
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65_536):
+                sink.write(data)
+            sink.close()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", redis_port)
+            await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
+        stop = asyncio.Event()
+        ready.put((asyncio.get_running_loop(), stop, server.sockets[0].getsockname()[1]))
+        await stop.wait()
+        server.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    loop, stop, port = ready.get(timeout=20)
+    yield port, str(tmp_path / "trusted.pem")
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+
+
+def test_server_is_trusted_over_tls_when_its_certificate_is(tls: tuple[int, str]) -> None:
+    """rediss:// checks the certificate as the client would; an unknown one is no Redis."""
+    port, trusted = tls
+    options: dict[str, Any] = {"host": "localhost", "port": port, "ssl": True}
+    good = endpoint(redis.Redis(**options, ssl_ca_certs=trusted))
+    stranger = endpoint(redis.asyncio.Redis(**options))
+    careless = endpoint(f"rediss://127.0.0.1:{port}?ssl_cert_reqs=none&ssl_check_hostname=false")
+    for place in (good, stranger, careless):
+        place.bounds.limit = 10.0
+    assert asyncio.run(_ask(good, "PING")) == b"PONG"
+    assert asyncio.run(_ask(careless, "PING")) == b"PONG"
+    with pytest.raises(RedisDown, match="CERTIFICATE_VERIFY_FAILED"):
+        asyncio.run(_ask(stranger, "PING"))
+
+
+def test_client_is_refused_when_it_demands_a_check_that_is_not_made() -> None:
+    """A stricter client is not silently taken for a laxer one."""
+    with pytest.raises(ConfigurationError, match="ssl_validate_ocsp is not supported"):
+        endpoint("rediss://localhost?ssl_validate_ocsp=true")
+
+
+def test_extra_is_named_when_the_redis_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without redis-py the error says what to install."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'tta-sync\[redis\]'"):
+        endpoint("redis://localhost")
 
 
 @pytest.mark.parametrize("source", [object(), "http://example.com", 5, None])

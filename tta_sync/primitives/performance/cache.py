@@ -31,6 +31,7 @@ from tta_sync.primitives.core.base import (
     step_name,
 )
 from tta_sync.primitives.core.composition import children_of
+from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.performance.flights import Flight, Flights
 from tta_sync.primitives.performance.in_memory import MemoryLayer
 from tta_sync.primitives.performance.keys import LONG_FORM, is_plain, prefix
@@ -240,7 +241,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
             candidate._attach(inner)
             bound = self._binding.setdefault("bound", candidate)  # atomic: of two threads one wins
         assert bound.primitive is not None
-        if not _same(_leaves(bound.primitive), _leaves(inner)):
+        if not _same(_extent(bound.primitive), _extent(inner)):
             raise ConfigurationError(
                 f"this cache already caches {bound.primitive!r}, and now {inner!r}: "
                 "one cache has one extent; give each chain a CachePrimitive of its own"
@@ -563,6 +564,12 @@ def _leaves(primitive: WorkflowPrimitive[Any, Any]) -> list[Any]:
     if not parts:
         return [getattr(primitive, "foreign", primitive)]
     return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _extent(primitive: WorkflowPrimitive[Any, Any]) -> list[Any]:
+    """Return the steps that a cache stands around; a function is a new step each time it is written in a chain."""
+    steps = children_of(primitive) if isinstance(primitive, SequentialPrimitive) else (primitive,)
+    return [step.func if type(step) is LambdaPrimitive else step for step in steps]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

@@ -201,9 +201,6 @@ def _moment(value: Any, path: str) -> Any:
 class _Tags(dict[type, Any]):
     """Writers by exact type; those of modules that cost something to import are filled in at first need."""
 
-    def __missing__(self, kind: type) -> Any:
-        raise KeyError(kind)
-
     filled = False
 
     def get(self, kind: type, default: Any = None) -> Any:

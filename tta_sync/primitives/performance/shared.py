@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class Lease:
         """Let others compute."""
 
 
-class SharedLayer:
+class SharedLayer(ABC):
     """Answer from a store outside this process, or compute once for all who ask at the same time."""
 
     label = "shared"
@@ -62,6 +63,7 @@ class SharedLayer:
 
     # ---- to be said by each kind of store ----------------------------------------------------------------------------
 
+    @abstractmethod
     async def _read(
         self, key: bytes, tags: frozenset[str], context: WorkflowContext
     ) -> tuple[bytes | None, list[bytes | None]]:
@@ -70,8 +72,8 @@ class SharedLayer:
         Raises:
             Bypass: nobody knows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def _attempt(
         self, key: bytes, tags: frozenset[str], seen: bytes, context: WorkflowContext
     ) -> Lease | tuple[bytes, list[bytes | None]] | None:
@@ -80,8 +82,8 @@ class SharedLayer:
         Raises:
             Bypass: nobody knows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def _put(
         self, lease: Lease, key: bytes, tags: frozenset[str], blob: bytes, keep: float, flight: Flight
     ) -> bool:
@@ -90,16 +92,18 @@ class SharedLayer:
         Raises:
             Bypass: it could not be stored.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def forget_key(self, key: bytes) -> None:
-        raise NotImplementedError
+        """Forget one result, everywhere; in effect on return."""
 
+    @abstractmethod
     async def forget_tags(self, tags: frozenset[str]) -> None:
-        raise NotImplementedError
+        """Forget what carries one of *tags*, everywhere; in effect on return."""
 
+    @abstractmethod
     async def forget_all(self) -> None:
-        raise NotImplementedError
+        """Forget everything, everywhere; in effect on return."""
 
     # ---- keys --------------------------------------------------------------------------------------------------------
 

@@ -29,13 +29,9 @@ def take(value: Any) -> Snapshot | None:
     if kind in SCALARS:
         return Snapshot(value, None, sys.getsizeof(value))
     if is_plain(value):
-        try:
-            # Version 4 keeps what is shared inside the value shared, and reads faster than 2.
-            form = marshal.dumps(value, 4)
-        except ValueError:
-            pass
-        else:
-            return Snapshot(form, marshal.loads, sys.getsizeof(form))
+        # Version 4 keeps what is shared inside the value shared, and reads faster than 2.
+        form = marshal.dumps(value, 4)
+        return Snapshot(form, marshal.loads, sys.getsizeof(form))
     from copy import deepcopy
 
     try:

@@ -121,7 +121,7 @@ class Wire(asyncio.Protocol):
         self._lost: Callable[[Wire, Exception], None] | None = lost
         self._on_push = on_push
         self.answered = False
-        self._failed = False
+        self.failed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -134,7 +134,7 @@ class Wire(asyncio.Protocol):
         """Send a command; return the future of its reply."""
         assert self._transport is not None
         future: asyncio.Future[Any] = self._loop.create_future()
-        if self._failed:
+        if self.failed:
             future.set_exception(RedisDown("the connection was lost"))
             return future
         now = self._loop.time()
@@ -157,7 +157,7 @@ class Wire(asyncio.Protocol):
     def fail(self, error: Exception) -> None:
         """Drop the connection and tell all who wait on it."""
         lost, self._lost = self._lost, None
-        self._failed = True
+        self.failed = True
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -370,6 +370,8 @@ class Link:
             self.go_down(error)
         elif self.closed:
             task.result().close()
+        elif task.result().failed:  # between its last reply and now
+            self.go_down(ConnectionError("the connection was lost"))
         else:
             self._wire = task.result()
 
