@@ -14,23 +14,18 @@ from tests.running import TOP, Processes, Run
 from tests.service.llm_server import LLMServer
 
 
-@pytest.fixture(autouse=True)
-def _measured(measure_subprocesses: None) -> None:
-    """The service's own processes count for its coverage."""
-
-
 @pytest.fixture
 def processes() -> Processes:
     """Look for processes by the data directory they were started for."""
     return Processes("TTA_DATA_DIR")
 
 
-def starter(directory: Path) -> Iterator[Callable[..., Run]]:
+def starter(directory: Path, **always: str) -> Iterator[Callable[..., Run]]:
     """Yield ``start(up=True, **settings)``; whatever still runs at the end is ended."""
     runs: list[Run] = []
 
     def start(*, up: bool = True, **settings: str) -> Run:
-        env = {"TTA_DATA_DIR": str(directory / "data"), **settings}
+        env = {"TTA_DATA_DIR": str(directory / "data"), **always, **settings}
         run = Run(TOP, free_port(), directory / f"output-{len(runs)}", env)
         runs.append(run)
         if up:
@@ -47,6 +42,12 @@ def starter(directory: Path) -> Iterator[Callable[..., Run]]:
 def start_service(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """``start_service(up=True, **settings)``: the real service, on this test's data directory."""
     yield from starter(tmp_path)
+
+
+@pytest.fixture
+def start_small(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """As ``start_service``, with one gunicorn worker: half of what a start costs is to load the application."""
+    yield from starter(tmp_path, GUNICORN_CMD_ARGS="--workers 1")
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +97,9 @@ def documents() -> Callable[[Run], list[dict[str, Any]]]:
 
 @pytest.fixture
 def finished() -> Callable[..., dict[str, Any]]:
-    """``finished(run, location, within=60)``: the batch's state once it has ended."""
+    """``finished(run, location, within=200)``: the batch's state once it has ended."""
 
-    def wait(run: Run, location: str, within: float = 60.0) -> dict[str, Any]:
+    def wait(run: Run, location: str, within: float = 200.0) -> dict[str, Any]:
         def ended() -> dict[str, Any] | None:
             state: dict[str, Any] = run.get(location).body
             return state if state.get("status") in ("done", "cancelled") else None

@@ -71,6 +71,7 @@ def test_every_request_is_answered_when_sixty_four_come_at_once(service):
     assert all(f"Client {n} asks." == answer.body["summary"] for n, answer in enumerate(answers))
 
 
+@pytest.mark.timeout(400)
 def test_two_hundred_files_are_processed_when_posted_from_a_terminal(service, texts, tmp_path):
     """`tta-sync batch` with 200 files: each is processed by the forking worker, and listed with its document."""
     files = []
@@ -79,7 +80,7 @@ def test_two_hundred_files_are_processed_when_posted_from_a_terminal(service, te
         path.write_text(text)
         files.append(str(path))
     command = [sys.executable, "-m", "tta_sync.cli", "batch", *files, "--url", service.url]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "tta-sync: 200 done, 0 failed\n")
     listed = dict(reversed(line.split("\t")) for line in result.stdout.splitlines())
     assert list(listed) == files

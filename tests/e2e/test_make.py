@@ -33,7 +33,9 @@ def environment_of(clone):
 def clone(tmp_path):
     """A clone's files as committed or about to be, without a .venv."""
     top = tmp_path / "clone"
-    listed = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=False
+    )
     names = listed.stdout.split() if listed.returncode == 0 else [str(p.relative_to(TOP)) for p in TOP.rglob("*.*")]
     for name in names:
         if (TOP / name).is_file() and not name.startswith(("tests/", ".venv/", ".git/")):
@@ -63,7 +65,12 @@ def make_run(installed, tmp_path, eventually):
     runs = []
 
     def start(*, up=True):
-        env = {"TTA_DATA_DIR": str(tmp_path / "data"), "MAKEFLAGS": "", "MAKELEVEL": "0"}
+        env = {
+            "TTA_DATA_DIR": str(tmp_path / "data"),
+            "MAKEFLAGS": "",
+            "MAKELEVEL": "0",
+            "GUNICORN_CMD_ARGS": "--workers 1",
+        }
         run = Run(installed, free_port(), tmp_path / "output", env, ["make", "--no-print-directory", "run"])
         runs.append(run)
         if up:

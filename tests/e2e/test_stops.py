@@ -15,6 +15,8 @@ from tta_sync.cli.processes import family
 
 COUNT = 200
 
+pytestmark = pytest.mark.timeout(400)  # a machine that others keep busy takes its time
+
 
 @pytest.fixture
 def post_batch(texts):
@@ -66,10 +68,10 @@ def test_batch_is_completed_once_when_sigterm_comes_in_its_middle(
 
 
 def test_batch_is_completed_once_when_everything_is_killed_in_its_middle(
-    start_service, post_batch, some_done, finished, documents, processes, tmp_path, eventually
+    start_small, post_batch, some_done, finished, documents, processes, tmp_path, eventually
 ):
     """SIGKILL to every process at once, Redis too, loses nothing that was recorded and repeats nothing."""
-    first = start_service()
+    first = start_small()
     location = post_batch(first, 80)
     some_done(first, location)
     keeper = min(processes.of(tmp_path / "data", "keeper.py"))
@@ -78,15 +80,15 @@ def test_batch_is_completed_once_when_everything_is_killed_in_its_middle(
             os.kill(pid, signal.SIGKILL)
     first.process.wait()
     eventually(lambda: not processes.of(tmp_path / "data"))
-    second = start_service()
+    second = start_small()
     exactly_once(finished(second, location), documents(second), 80)
 
 
 def test_batch_is_completed_once_when_parts_are_killed_in_its_middle(
-    start_service, post_batch, some_done, finished, documents, processes, tmp_path, eventually
+    start_small, post_batch, some_done, finished, documents, processes, tmp_path, eventually
 ):
     """The worker, its work horse, gunicorn and Redis killed one after the other: the service mends itself."""
-    run = start_service()
+    run = start_small()
     location = post_batch(run, 80)
     some_done(run, location)
     workers = processes.of(tmp_path / "data", "rq.cli")
@@ -99,7 +101,7 @@ def test_batch_is_completed_once_when_parts_are_killed_in_its_middle(
     os.kill(min(gunicorn), signal.SIGKILL)
     eventually(lambda: processes.of(tmp_path / "data", "gunicorn").keys() - gunicorn.keys())
     eventually(lambda: _status(run, "/readyz") == 200, within=30)
-    exactly_once(finished(run, location, within=90), documents(run), 80)
+    exactly_once(finished(run, location), documents(run), 80)
     assert run.stop() == 0
     assert processes.of(tmp_path / "data") == {}
 
@@ -112,10 +114,10 @@ def _status(run, path):
 
 
 def test_service_goes_on_when_one_of_two_runs_on_a_directory_ends(
-    start_service, post_batch, some_done, finished, documents, processes, tmp_path
+    start_small, post_batch, some_done, finished, documents, processes, tmp_path
 ):
     """Two runs on one data directory share its Redis and its database; each may end first, by SIGKILL even."""
-    first, second = start_service(), start_service()
+    first, second = start_small(), start_small()
     made = first.post("/api/process", {"text": "Written through the first."}).body
     assert second.get(f"/api/documents/{made['id']}").body == made
     location = post_batch(first, 30)
@@ -130,9 +132,9 @@ def test_service_goes_on_when_one_of_two_runs_on_a_directory_ends(
     assert processes.of(tmp_path / "data") == {}
 
 
-def test_documents_are_still_answered_when_redis_is_down(start_service, post_batch, own_redis_server, eventually):
+def test_documents_are_still_answered_when_redis_is_down(start_small, post_batch, own_redis_server, eventually):
     """Without Redis batches are refused with nothing stored, single documents go on; it recovers by itself."""
-    run = start_service(REDIS_URL=own_redis_server.url)
+    run = start_small(REDIS_URL=own_redis_server.url)
     own_redis_server.stop(signal.SIGKILL)
     assert run.post("/api/process", {"text": "No Redis is needed for this."}).status == 200
     ready = run.get("/readyz")
@@ -148,37 +150,37 @@ def test_documents_are_still_answered_when_redis_is_down(start_service, post_bat
 
 
 def test_batch_is_completed_when_it_was_posted_while_no_worker_could_run(
-    start_service, post_batch, finished, own_redis_server, documents
+    start_small, post_batch, finished, own_redis_server, documents
 ):
     """A Redis that forgets everything takes nothing with it: SQL says what is still to be done."""
-    first = start_service(REDIS_URL=own_redis_server.url)
+    first = start_small(REDIS_URL=own_redis_server.url)
     location = post_batch(first, 30)
     assert first.stop() == 0
     own_redis_server.stop(signal.SIGKILL)
     own_redis_server.start()
-    second = start_service(REDIS_URL=own_redis_server.url)
+    second = start_small(REDIS_URL=own_redis_server.url)
     exactly_once(finished(second, location), documents(second), 30)
 
 
-def test_nothing_further_runs_when_a_batch_is_cancelled(start_service, post_batch, some_done, documents, eventually):
+def test_nothing_further_runs_when_a_batch_is_cancelled(start_small, post_batch, some_done, documents, eventually):
     """DELETE stops what has not begun, also after a restart; what is done stays."""
-    run = start_service()
+    run = start_small()
     location = post_batch(run)
     some_done(run, location)
     assert request("DELETE", run.url + location).status in (202, 204)
     state = eventually(lambda: s if (s := run.get(location).body)["status"] == "cancelled" else None)
     assert run.stop() == 0
-    again = start_service()
+    again = start_small()
     after = again.get(location).body
     assert after["status"] == "cancelled"
     assert state["done"] <= after["done"] < COUNT
     assert len(documents(again)) == after["done"] == len(after["results"])
 
 
-def test_request_in_flight_is_answered_when_sigterm_comes(start_service, llm, eventually):
+def test_request_in_flight_is_answered_when_sigterm_comes(start_small, llm, eventually):
     """A request that waits for its provider is drained: it gets its answer, and it is stored, before the end."""
     llm.mode = "held"
-    run = start_service(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_TIMEOUT="8")
+    run = start_small(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_TIMEOUT="8")
     answers = []
     client = threading.Thread(target=lambda: answers.append(run.post("/api/process", {"text": "Wait for me."})))
     client.start()
@@ -189,12 +191,12 @@ def test_request_in_flight_is_answered_when_sigterm_comes(start_service, llm, ev
     client.join()
     assert run.process.wait(60) == 0
     assert (answers[0].status, answers[0].body["summary"]) == (200, "A summary from the provider.")
-    again = start_service()
+    again = start_small()
     assert again.get(f"/api/documents/{answers[0].body['id']}").body == answers[0].body
 
 
-def test_data_is_in_postgresql_when_database_url_says_so(start_service, post_batch, finished, documents, postgres_url):
+def test_data_is_in_postgresql_when_database_url_says_so(start_small, post_batch, finished, documents, postgres_url):
     """With DATABASE_URL the same service runs on PostgreSQL; the data directory holds no database."""
-    run = start_service(DATABASE_URL=postgres_url.replace("postgresql+psycopg://", "postgresql://"))
+    run = start_small(DATABASE_URL=postgres_url.replace("postgresql+psycopg://", "postgresql://"))
     location = post_batch(run, 20)
     exactly_once(finished(run, location), documents(run), 20)
