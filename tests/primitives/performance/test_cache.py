@@ -15,7 +15,7 @@ import pytest
 from tta_sync import events
 from tta_sync.context import WorkflowContext, running_context
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives import InMemoryBackend, RetryPrimitive
+from tta_sync.primitives import CompositionWarning, FallbackPrimitive, InMemoryBackend, RetryPrimitive
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, caller_step, step as as_step
 from tta_sync.primitives.performance import CacheBackend, CachePrimitive
 
@@ -131,6 +131,15 @@ def test_cache_says_what_it_caches_when_printed(step: Any) -> None:
     assert repr(CachePrimitive(step, ttl=60, backend=InMemoryBackend(), namespace="a")) == (
         "Cache(Step, ttl=60, storage=InMemoryBackend)"
     )
+
+
+def test_warning_names_the_remedy_when_a_cache_stands_around_a_fallback(Step: Any) -> None:
+    """A lesser answer would be kept as long as a good one; the other way round it is not kept at all."""
+    primary, lesser = Step(), Step()
+    with pytest.warns(CompositionWarning, match=r"FallbackPrimitive\(CachePrimitive\(primary\), fallback\)") as caught:
+        CachePrimitive(FallbackPrimitive(primary, lesser), ttl=60)
+    assert caught[0].filename == __file__
+    FallbackPrimitive(CachePrimitive(primary, ttl=60), lesser)
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------

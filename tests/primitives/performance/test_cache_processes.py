@@ -196,7 +196,7 @@ def test_process_ends_quickly_and_silently_when_redis_is_in_use(workers: Workers
     )
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(program), workers.server.url],
+        [sys.executable, "-W", "error", str(program), workers.server.url],
         capture_output=True,
         text=True,
         timeout=60,

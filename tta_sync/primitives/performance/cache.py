@@ -30,7 +30,7 @@ from tta_sync.primitives.core.base import (
     calling_form,
     step_name,
 )
-from tta_sync.primitives.core.composition import children_of
+from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.performance.flights import Flight, Flights
 from tta_sync.primitives.performance.in_memory import MemoryLayer
@@ -157,6 +157,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         self._salt = b""
         if primitive is not None:
             self._attach(as_primitive(primitive))
+            check_composition(self)
 
     def _attach(self, primitive: WorkflowPrimitive[Any, Any]) -> None:
         """Become the cache of *primitive*, with nothing stored yet."""
@@ -279,6 +280,14 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
                 f"two different steps are called {text}, and would share their entries: give each cache namespace=..."
             )
         return text
+
+    def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
+        if direct and type(inner).strategy == "fallback":
+            return (
+                f"the cache around {inner!r} keeps what the fallback answered for as long as any other result: "
+                "put the fallback outside, FallbackPrimitive(CachePrimitive(primary), fallback)"
+            )
+        return None
 
     # ---- answering ---------------------------------------------------------------------------------------------------
 

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from tta_sync.clock import SYSTEM_CLOCK, Clock
 from tta_sync.primitives.performance.snapshots import Load, Snapshot, take
+from tta_sync.primitives.recovery.forks import renew_after_fork
 
 _MAX_FORMS = 8  # exact forms (orders of a dict, say) under which one entry is found without its digest
 _OVERHEAD = 400  # bytes that an entry costs besides what it holds
-
-_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    for guard in list(_guards):
-        guard.after_fork()
-
-
-os.register_at_fork(after_in_child=_in_child)
 
 
 class Entry:
@@ -86,7 +75,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        _guards.add(self)
+        renew_after_fork(self)
 
     def after_fork(self) -> None:
         self.lock = threading.Lock()
