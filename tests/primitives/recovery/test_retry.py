@@ -301,6 +301,18 @@ class Asking(Exception):
         self.retry_after = retry_after
 
 
+class Raising(Exception):
+    @property
+    def retry_after(self) -> float:
+        raise RuntimeError("not set")
+
+
+class UrlError(Exception):
+    def __init__(self, headers: Any) -> None:
+        super().__init__("429")
+        self.headers = headers
+
+
 NOW = 1_700_000_000.0
 
 
@@ -324,6 +336,9 @@ NOW = 1_700_000_000.0
         (HttpError({"retry-after": "Tue, 14 Nov 2023 22:13:27 GMT"}), 7.0),
         (HttpError({}), 0.0),
         (HttpError(None), 0.0),
+        (UrlError({"Retry-After": "8"}), 8.0),
+        (UrlError("no mapping"), 0.0),
+        (Raising(), 0.0),
         (ValueError(), 0.0),
     ],
 )

@@ -502,6 +502,10 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         now = context.clock.monotonic() if limit is not None or self._window_tells_time else 0.0
         if limit is not None and not neutral and now - began > limit:
             slow = True
+        # Asked before the lock is taken: the answer comes from a stranger's object.
+        asked = 0.0
+        if error is not None and failed and self._window is not None:
+            asked = retry_after_of(error, context.clock.time)
         opened_for = 0.0
         closed = False
         with self._lock:
@@ -509,11 +513,11 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
                 return
             if self._state is CLOSED:
                 if not neutral:
-                    opened_for = self._count(error, failed, slow, now, context)
+                    opened_for = self._count(error, failed, slow, now, asked, context)
             elif self._leases.pop(lease, None) is not None:
                 if failed:
                     self._failures += 1
-                    opened_for = self._open_after(error, context)
+                    opened_for = self._open_after(error, asked, context)
                 elif not neutral:
                     self._successes += 1
                     if self._successes >= self.config.success_threshold:
@@ -525,7 +529,13 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
             self._tell_closed(HALF_OPEN, context)
 
     def _count(
-        self, error: BaseException | None, failed: bool, slow: bool, now: float, context: WorkflowContext
+        self,
+        error: BaseException | None,
+        failed: bool,
+        slow: bool,
+        now: float,
+        asked: float,
+        context: WorkflowContext,
     ) -> float:
         """Count a call of the closed state; return the seconds for which the circuit has opened, 0.0 if it has not."""
         window = self._window
@@ -540,10 +550,9 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
             opens = (window.failures > 0 or window.slow > 0) and trips(
                 self.config, window.calls, window.failures, window.slow
             )
-        return self._open_after(error, context) if opens else 0.0
+        return self._open_after(error, asked, context) if opens else 0.0
 
-    def _open_after(self, error: BaseException | None, context: WorkflowContext) -> float:
-        asked = 0.0 if error is None or self._window is None else retry_after_of(error, context.clock.time)
+    def _open_after(self, error: BaseException | None, asked: float, context: WorkflowContext) -> float:
         seconds = break_for(self.config, self._opened, asked, self._chance)
         if error is not None:
             self._last_error = error

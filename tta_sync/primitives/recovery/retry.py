@@ -139,17 +139,20 @@ def check_max_retries(max_retries: int) -> None:
 def retry_after_of(error: BaseException, wall_clock: Callable[[], float]) -> float:
     """Return the seconds for which *error* asks not to be called again; 0.0 where it does not say.
 
-    Read from ``error.retry_after`` (seconds, or what a Retry-After header may hold), else from the header itself on
-    ``error.response``, as httpx and requests leave it there.
+    Read from ``error.retry_after`` (seconds, or what a Retry-After header may hold), else from the header itself, in
+    ``error.response.headers`` as httpx and requests leave it there, or in ``error.headers`` as urllib and aiohttp do.
     """
-    asked = getattr(error, "retry_after", None)
-    if asked is None:
-        headers = getattr(getattr(error, "response", None), "headers", None)
-        get = getattr(headers, "get", None)
-        if get is None:
-            return 0.0
-        asked = get("Retry-After") or get("retry-after")
-    return _seconds(asked, wall_clock)
+    try:
+        asked = getattr(error, "retry_after", None)
+        if asked is None:
+            source = getattr(error, "response", None)
+            headers = getattr(error if source is None else source, "headers", None)
+            if headers is None:
+                return 0.0
+            asked = headers.get("Retry-After") or headers.get("retry-after")
+        return _seconds(asked, wall_clock)
+    except Exception:
+        return 0.0  # a property of a stranger's error that raises is no answer, and must not hide the error
 
 
 def _seconds(asked: Any, wall_clock: Callable[[], float]) -> float:

@@ -136,7 +136,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             time_limit.set(limit)
         else:
             caller = current_caller.get()
-            if caller is not None and getattr(caller, "deadline", None) == at:
+            if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
                 covered: Out = await self._inner(data, context)  # whoever waits for the call cuts it then
                 return covered
 
