@@ -24,7 +24,11 @@ VENV = ROOT / ".venv"
 def main(extras: str, *command: str) -> int:
     (ROOT / ".cache").mkdir(exist_ok=True)
     with open(ROOT / ".cache" / "environment.lock", "w") as lock:  # closed by exec, or by the kernel
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Waiting for another make that sets up .venv", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_current(extras) and (status := install(extras)) != 0:
             return status
     if command:
