@@ -158,6 +158,9 @@ def test_environment_is_made_once_when_it_is_missing(clone, monkeypatch, capsys)
     assert second.commands == []
     assert second.module.main("service,dev") == 0
     assert second.commands[-1][-1] == f"{clone}[service,dev]"
+    third = Recorded(clone, monkeypatch)
+    assert third.module.main("dev") == 0  # is among them
+    assert third.commands == []
 
 
 def test_environment_is_brought_up_to_date_when_the_extras_change(clone, monkeypatch):
