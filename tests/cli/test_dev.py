@@ -153,6 +153,23 @@ def test_child_is_started_again_when_it_is_killed(start_run, processes, tmp_path
     assert run.stop() == 0
 
 
+def test_worker_waits_when_redis_does_not_answer(start_run, processes, tmp_path, own_redis_server, eventually):
+    """A worker that cannot live without its Redis is started again once that answers; gunicorn serves all the while."""
+    run = start_run(REDIS_URL=own_redis_server.url)
+    own_redis_server.stop()
+    os.kill(min(processes.of(tmp_path / "data", "rq.cli")), signal.SIGKILL)
+    said = "the RQ worker ended (SIGKILL): Redis does not answer; it is started again when Redis does"
+    eventually(lambda: said in run.output)
+    assert get(run.url).isdigit()
+    own_redis_server.start()
+    with redis.Redis.from_url(own_redis_server.url) as client:
+        job = rq.Queue(connection=client).enqueue("builtins.len", "four")
+        eventually(lambda: job.get_status(refresh=True) == "finished", within=30)
+    assert "giving up" not in run.output
+    assert run.output.count(said) == 1
+    assert run.stop() == 0
+
+
 def test_service_ends_when_a_child_dies_again_and_again(start_run, checkout, processes, tmp_path, eventually):
     """A worker that cannot stay up takes the service down: said in words, exit status 1, nothing left."""
     run = start_run()

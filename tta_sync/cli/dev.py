@@ -96,6 +96,8 @@ class Child:
     name: str
     command: list[str]
     budget: float  # seconds to end in order
+    needs_redis: bool = False  # it ends by itself where Redis does not answer
+    waits: bool = False  # it has ended, and is to be started once Redis answers
     process: subprocess.Popen[bytes] | None = None
     starts: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS + 1))
 
@@ -108,7 +110,8 @@ class Supervisor:
     """Start the parts in order, watch them, end them in the opposite order.
 
     gunicorn stops first and drains, then the worker finishes its job, Redis goes last. A part that dies is started
-    again; one that dies again and again takes the service down. Whatever is left at the end, in whatever session, is
+    again; one that dies again and again takes the service down, but a Redis that does not answer does not: the worker
+    then waits for it, while documents are still processed. Whatever is left at the end, in whatever session, is
     killed. Killed itself, its children end in order too (Linux), since the kernel tells them.
     """
 
@@ -155,6 +158,7 @@ class Supervisor:
                 [*rq, "worker", "-w", "jobs.worker.RecoveringWorker", "--job-class", "tta_sync.rq.WorkflowJob",
                  "--path", ".", "--quiet", "default"],
                 budget=settings.deadline + 15.0,
+                needs_redis=True,
             ),
         ]  # fmt: skip
         for child in self._children:
@@ -244,12 +248,25 @@ class Supervisor:
                 if child.process.poll() is None:
                     continue
                 how = _how(child.process.returncode)
+                if child.needs_redis and not self._redis_answers():
+                    if not child.waits:
+                        say(f"{child.name} ended ({how}): Redis does not answer; it is started again when Redis does")
+                        child.waits = True
+                    continue
+                child.waits = False
                 if not child.may_restart(time.monotonic()):
                     say(f"{child.name} ended again ({how}), {RESTARTS + 1} times in {RESTART_SPAN:g} s: giving up")
                     return 1
                 say(f"{child.name} ended unexpectedly ({how}); starting it again")
                 self._spawn(child)
         return 0
+
+    def _redis_answers(self) -> bool:
+        try:
+            check_redis(self._env["REDIS_URL"], timeout=1.0)
+        except Refused:
+            return False
+        return True
 
     def _known_pids(self) -> set[int]:
         known = {child.process.pid for child in self._children if child.process is not None}
@@ -340,8 +357,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def check_redis(url: str) -> None:
-    """Say at once whether the Redis at *url* answers.
+def check_redis(url: str, timeout: float = 3.0) -> None:
+    """Say at once whether the Redis at *url* answers, within *timeout* seconds for each step of it.
 
     Raises:
         Refused: naming REDIS_URL; its password is not in the message.
@@ -349,7 +366,7 @@ def check_redis(url: str) -> None:
     import redis
 
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=3, socket_timeout=3, retry=None) as client:
+        with redis.Redis.from_url(url, socket_connect_timeout=timeout, socket_timeout=timeout, retry=None) as client:
             client.ping()
     except (redis.RedisError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
