@@ -114,7 +114,7 @@ def _status(run, path):
 
 
 def test_service_goes_on_when_one_of_two_runs_on_a_directory_ends(
-    start_small, post_batch, some_done, finished, documents, processes, tmp_path
+    start_small, post_batch, some_done, finished, documents, processes, tmp_path, eventually
 ):
     """Two runs on one data directory share its Redis and its database; each may end first, by SIGKILL even."""
     first, second = start_small(), start_small()
@@ -128,6 +128,7 @@ def test_service_goes_on_when_one_of_two_runs_on_a_directory_ends(
     stored = [document for document in documents(second) if document["id"] != made["id"]]
     exactly_once(state, stored, 30)
     assert second.get("/readyz").status == 200
+    eventually(lambda: len(processes.of(tmp_path / "data", "rq.cli")) == 1, within=60, what="the first's end")
     assert second.stop() == 0
     assert processes.of(tmp_path / "data") == {}
 
