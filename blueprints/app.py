@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 from flask import Flask
-from sqlalchemy import select
+from sqlalchemy import NullPool, select
 from sqlalchemy.exc import OperationalError, TimeoutError as PoolTimeoutError
 
 from blueprints import access
@@ -52,7 +55,7 @@ def create_app(settings: Settings | None = None) -> Flask:
             [
                 Check("loop", lambda: call_sync(_answer, timeout=BUDGET)),
                 Check("redis", queue.ping),
-                Check("database", lambda: _read_something(database)),
+                Check("database", _database_question(settings, database)),
             ]
         )
     )
@@ -63,6 +66,16 @@ async def _answer() -> None:
     """Run on the loop: that it ran is the answer."""
 
 
-def _read_something(database: Database) -> None:
-    with database.engine.connect() as connection:
-        connection.execute(select(Document.id).limit(1))
+def _database_question(settings: Settings, database: Database) -> Callable[[], None]:
+    file = settings.database_url.database if settings.database_url.get_backend_name() == "sqlite" else None
+    if file is not None:
+        # The pool's connections go on with a file that was moved away or replaced; only a new one finds that out.
+        database = Database(settings, poolclass=NullPool)
+
+    def ask() -> None:
+        if file is not None and not file.startswith("file:"):
+            os.stat(file)  # or SQLite would make an empty one
+        with database.engine.connect() as connection:
+            connection.execute(select(Document.id).limit(1))
+
+    return ask

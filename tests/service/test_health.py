@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -53,6 +54,25 @@ def test_readyz_names_the_database_when_it_is_down(make_client: MakeClient, redi
     ready = client.get("/readyz")
     assert ready.status_code == 503
     assert ready.json["checks"] == {"loop": "ok", "redis": "ok", "database": "unavailable (OperationalError)"}
+
+
+@pytest.mark.parametrize("replace", [lambda file: None, lambda file: file.write_bytes(b"no database" * 100)])
+def test_readyz_names_the_database_when_its_file_has_gone(
+    make_client: MakeClient, redis_url: str, replace: Callable[[Path], object]
+) -> None:
+    """An SQLite file that was moved away or replaced is found out, although open connections go on with the old one."""
+    client = make_client(REDIS_URL=redis_url)
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/api/process", json={"text": "A connection stays in the pool."}).status_code == 200
+    file = Path(client.application.extensions["database"].engine.url.database)
+    for part in file.parent.glob(f"{file.name}*"):
+        part.rename(part.with_name(f"moved-{part.name}"))
+    replace(file)
+    there = file.exists()
+    ready = client.get("/readyz")
+    assert ready.status_code == 503
+    assert ready.json["checks"]["database"].startswith("unavailable (")
+    assert file.exists() == there
 
 
 def test_readyz_names_the_loop_when_it_does_not_run(
