@@ -21,12 +21,21 @@ async def add(left, right):
     return left + right
 
 
+async def steps(left, right):
+    """Its steps' answers reach the loop by another way than calls do."""
+    return await run_on_caller(add_up, left, right)
+
+
+def add_up(left, right):
+    return left + right
+
+
 def test_child_and_parent_answer_when_forked_idle_a_hundred_times(facade, in_child):
     """With nothing in flight: each of 100 children gets its answer, and so does the parent after each of them."""
     facade.call_sync(add, 0, 0)
     for number in range(FORKS):
         assert in_child(lambda number=number: facade.call_sync(add, number, 1)) == str(number + 1)
-        assert facade.call_sync(add, number, 2, timeout=20) == number + 2
+        assert facade.call_sync(steps, number, 2, timeout=20) == number + 2
 
 
 def test_child_and_parent_answer_when_forked_busy_a_hundred_times(facade, in_child, in_thread):
@@ -44,7 +53,7 @@ def test_child_and_parent_answer_when_forked_busy_a_hundred_times(facade, in_chi
     try:
         for number in range(FORKS):
             assert in_child(lambda number=number: facade.call_sync(add, number, 1)) == str(number + 1)
-            assert facade.call_sync(add, number, 2, timeout=20) == number + 2
+            assert facade.call_sync(steps, number, 2, timeout=20) == number + 2
     finally:
         ended.set()
     assert all(future.result(30) > 10 for future in callers)
@@ -94,7 +103,7 @@ def test_child_and_parent_answer_when_forked_with_every_lock_held_a_hundred_time
         finally:
             release.set()
         assert holder.result(20) >= 2  # else nothing was held, and nothing was tested
-        assert facade.call_sync(add, number, 2, timeout=20) == number + 2
+        assert facade.call_sync(steps, number, 2, timeout=20) == number + 2
 
 
 def test_child_answers_when_forked_while_another_thread_starts_the_loop(make_facade, in_child, in_thread, monkeypatch):
@@ -131,7 +140,7 @@ def test_child_of_a_child_answers_when_forked_again(facade, in_child):
         return facade.call_sync(add, 3, 3)
 
     assert in_child(child) == "6"
-    assert facade.call_sync(add, 4, 4, timeout=20) == 8
+    assert facade.call_sync(steps, 4, 4, timeout=20) == 8
 
 
 def test_child_answers_when_forked_from_a_caller_step(facade, in_child):
@@ -144,7 +153,7 @@ def test_child_answers_when_forked_from_a_caller_step(facade, in_child):
         return await run_on_caller(fork_here)
 
     assert facade.call_sync(outer, timeout=30) == "42"
-    assert facade.call_sync(add, 1, 2, timeout=20) == 3
+    assert facade.call_sync(steps, 1, 2, timeout=20) == 3
 
 
 def test_copied_call_ends_in_a_typed_error_when_its_caller_forked_inside_it(facade, in_child):
@@ -186,7 +195,7 @@ def test_child_answers_when_forked_on_the_loop_thread(facade, in_child):
         return in_child(lambda: facade.call_sync(add, 20, 22))
 
     assert facade.call_sync(forks, timeout=30) == "42"
-    assert facade.call_sync(add, 1, 2, timeout=20) == 3
+    assert facade.call_sync(steps, 1, 2, timeout=20) == 3
 
 
 @pytest.mark.parametrize("first", ["parent", "child"])
@@ -195,7 +204,7 @@ def test_loop_starts_in_the_child_when_the_facade_was_made_before_the_fork(facad
     if first == "parent":
         assert facade.call_sync(add, 1, 2) == 3
     assert in_child(lambda: facade.call_sync(add, 3, 4)) == "7"
-    assert facade.call_sync(add, 5, 6, timeout=20) == 11
+    assert facade.call_sync(steps, 5, 6, timeout=20) == 11
 
 
 def test_totals_begin_anew_when_forked(make_facade, in_child):
@@ -246,7 +255,7 @@ def test_parent_goes_on_when_the_child_shuts_its_facade_down(facade, in_child):
         facade.shutdown()
 
     in_child(child)
-    assert facade.call_sync(add, 1, 2, timeout=20) == 3
+    assert facade.call_sync(steps, 1, 2, timeout=20) == 3
 
 
 # ------------------------------------------------------------------------------------------------ multiprocessing
@@ -282,7 +291,7 @@ def test_processes_answer_when_multiprocessing_forks_them(facade, in_thread):
         for process, _ in running:
             process.kill()
             process.join()
-    assert facade.call_sync(add, 1, 2, timeout=20) == 3
+    assert facade.call_sync(steps, 1, 2, timeout=20) == 3
 
 
 # ------------------------------------------------------------------------------------- children that end normally
@@ -299,6 +308,9 @@ def test_parent_still_works_when_a_child_exits_normally(run_program, child):
             await asyncio.sleep(0.001)
             return os.getpid()
 
+        async def ask():
+            return await run_on_caller(os.getpid)
+
         assert facade.call_sync(answer) == 42
         for _ in range(3):
             pid = os.fork()
@@ -308,6 +320,7 @@ def test_parent_still_works_when_a_child_exits_normally(run_program, child):
             assert os.waitpid(pid, 0)[1] == 0
             for _ in range(50):
                 assert facade.call_sync(nap, timeout=20) == os.getpid()
+                assert facade.call_sync(ask, timeout=20) == os.getpid()
         say("parent works")
         last()
         """

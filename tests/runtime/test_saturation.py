@@ -133,6 +133,28 @@ def test_late_thread_is_refused_when_it_was_preempted_on_its_way_in(make_facade,
     assert sum(isinstance(outcome, SaturatedError) for outcome in outcomes) == 1
 
 
+def test_one_is_admitted_when_two_come_for_the_last_place_at_once(make_facade, in_thread, works, monkeypatch):
+    """Of two callers that are both on their way in before either is judged, exactly one gets the place."""
+    facade = make_facade(max_in_flight=1)
+    works(facade)
+    both, real = threading.Barrier(2), facade._loop.admit
+    done = threading.Barrier(2)
+
+    def admit(call, limit):
+        both.wait(20)
+        try:
+            real(call, limit)
+        finally:
+            done.wait(20)
+
+    monkeypatch.setattr(facade._loop, "admit", admit)
+    for _ in range(50):
+        outcomes = [
+            future.exception(20) for future in [in_thread(facade.call_sync, asyncio.sleep, 0) for _ in range(2)]
+        ]
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "SaturatedError"]
+
+
 def test_place_stays_taken_when_an_orphan_runs_on(make_facade, eventually, works):
     """An orphan still counts against the limit, until it ends; then its place is free again."""
     facade = make_facade(max_in_flight=1, grace=0.05)
