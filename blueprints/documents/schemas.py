@@ -70,10 +70,19 @@ class DocumentSchema(Schema):
     created_at = fields.AwareDateTime(format="iso")
 
 
+class PlainInteger(fields.Integer):
+    """An integer written in plain digits: int() would take "1_0", "+5" and other alphabets' digits as well."""
+
+    def _validated(self, value: Any) -> Any:
+        if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+            raise self.make_error("invalid", input=value)
+        return super()._validated(value)
+
+
 class PageRequestSchema(Schema):
     """Which page of a listing."""
 
-    limit = fields.Integer(load_default=20, validate=validate.Range(1, 100))
+    limit = PlainInteger(load_default=20, validate=validate.Range(1, 100))
     cursor = fields.String(load_default=None)
 
 
