@@ -9,7 +9,7 @@ A call that finds the baton free costs no thread switch, and beside a CPU-bound 
 lock. The price: a coroutine that blocks holds its own caller, deadline and signals included.
 
 Who owns what, beyond loop.py: the holder of the baton owns everything that loop.py calls "the loop thread only", and
-``driver`` and ``ident``. The baton is a dict entry with the holder's thread in it, not a lock: a signal's exception may
+``driver`` and ``ident``. The baton is a dict entry with the holder's mark in it, not a lock: a signal's exception may
 strike between taking a lock and noting that one has it, but never hides who holds the baton.
 """
 
@@ -19,12 +19,14 @@ import _signal  # type: ignore[import-not-found]  # signal wraps numbers in enum
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from types import FrameType
 from typing import Any
 
+from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
 from tta_sync.runtime.frames import OUTER_EDGE
@@ -75,24 +77,25 @@ class DrivenLoop(ManagedLoop):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._baton: dict[str, int] = {}  # "holder" -> thread ident; setdefault and pop are atomic
+        self._baton: dict[str, list[int]] = {}  # "holder" -> its mark; setdefault and pop are atomic
         self._standby = native.new_lock()
         self._vacant_since = time.monotonic()
         self._dozing = False
-        self._suspect: int | None = None
+        self._suspect: list[int] | None = None
         self._suspect_since = 0.0
         self._failures: deque[float] = deque(maxlen=3)
+        self._broken = False
         self.driver: Call | None = None
 
     # ---- the baton -------------------------------------------------------------------------------------------------
 
-    def _take(self) -> bool:
-        me: int = native.get_ident()
-        return self._baton.setdefault("holder", me) == me
+    def _take(self, mark: list[int]) -> bool:
+        """Take the baton for *mark*, a new list with this thread's ident in it; say whether it was free."""
+        return self._baton.setdefault("holder", mark) is mark
 
-    def _pass_on(self) -> None:
-        """Put the baton down, if this thread has it, and wake somebody who may take it."""
-        if self._baton.get("holder") != native.get_ident():
+    def _pass_on(self, mark: list[int]) -> None:
+        """Put the baton down, if it is *mark*'s, and wake somebody who may take it."""
+        if self._baton.get("holder") is not mark:
             return
         self._vacant_since = time.monotonic()
         del self._baton["holder"]
@@ -101,7 +104,7 @@ class DrivenLoop(ManagedLoop):
                 if getattr(call, "waiting", False) and not call.done:
                     Call.wake(call)
                     return
-        if self._dozing or self.refusing or self.dead:
+        if self._dozing or self.refusing or self._broken:
             self._dozing = False
             self._wake_standby()
 
@@ -118,29 +121,34 @@ class DrivenLoop(ManagedLoop):
     # ---- the standby driver ----------------------------------------------------------------------------------------
 
     def _run_forever(self) -> None:
-        self._set_up()
         try:
-            while not self.dead and not self.stopping:
+            self._set_up()
+            while not self._broken and not self.stopping:
                 self._standby.acquire(True, DOZE if self._dozing else POLL)
                 self._find_lost_baton()
                 vacant = time.monotonic() - self._vacant_since
                 if self.refusing or (vacant > VACANCY and self._has_business()):
+                    mark = [native.get_ident()]
                     try:
-                        if self._take():
+                        if self._take(mark):
                             self._turn(None)
                     finally:
-                        self._pass_on()
+                        self._pass_on(mark)
                 elif vacant > 1.0:
                     self._dozing = True
+        except OSError as error:  # the loop's descriptors were closed under it
+            self.death = error
         finally:
-            while not self._take():  # the last driver leaves before the loop is closed
+            self._broken = True
+            mark = [native.get_ident()]
+            while not self._take(mark):  # the last driver leaves before the loop is closed
                 self._standby.acquire(True, POLL)
             self._bury()
 
     def _find_lost_baton(self) -> None:
         """Free a baton that lies in the hands of a thread which does not drive: a storm of signals cut off _pass_on."""
         holder = self._baton.get("holder")
-        if holder is None or self.ident or holder != self._suspect:
+        if holder is None or self.ident or holder is not self._suspect:
             self._suspect, self._suspect_since = holder, time.monotonic()
         elif time.monotonic() - self._suspect_since > 1.0:
             self._baton.pop("holder", None)
@@ -166,7 +174,7 @@ class DrivenLoop(ManagedLoop):
             self.death = error
             self._failures.append(time.monotonic())
             if len(self._failures) == 3 and self._failures[-1] - self._failures[0] < 1.0:
-                self.dead = True
+                self._broken = True  # the standby driver buries it, and only then tells the others
                 self._wake_standby()
         finally:
             self.driver = None
@@ -217,10 +225,25 @@ class DrivenLoop(ManagedLoop):
 
     def submit(self, call: Call) -> None:
         call.waiting = False  # type: ignore[attr-defined]  # a DrivenCall
+        holder = self._baton.get("holder")
+        if holder is not None and holder[0] == native.get_ident() and not self._is_lost(holder):
+            raise LoopUnavailableError(
+                f"{call.name} was called while this thread turns the loop (by a finalizer?) and would wait for itself"
+            )
         call.sent = True
         self._queue.append(call)
         if call.deadline is not None:
             self.post(self._watch_deadline, call)
+
+    def _is_lost(self, holder: list[int]) -> bool:
+        """Free a baton that this thread took in a call that is over, a storm of signals having cut off _pass_on."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_locals.get("mark") is holder:
+                return False
+            frame = frame.f_back
+        self._pass_on(holder)
+        return True
 
     def _watch_deadline(self, call: Call) -> None:
         # Whoever drives cannot watch the clock: the loop does.
@@ -230,8 +253,9 @@ class DrivenLoop(ManagedLoop):
     def wait(self, call: Call, seconds: float) -> None:
         """Drive until there is something to see about *call*; where another drives, wait for it."""
         timer = None
+        mark: list[int] = [native.get_ident()]
         try:
-            if self._take():
+            if not self._broken and self._take(mark):
                 if call.began:
                     timer = self.loop.call_later(seconds, call.wake)
                 self._drive(call)
@@ -246,7 +270,7 @@ class DrivenLoop(ManagedLoop):
             call.waiting = False  # type: ignore[attr-defined]
             if timer is not None:
                 timer.cancel()
-            self._pass_on()
+            self._pass_on(mark)
 
     def refuse(self) -> None:
         super().refuse()

@@ -206,7 +206,10 @@ class ManagedLoop:
     def __del__(self) -> None:
         # Not when the loop ends: a caller may be about to write to the descriptor, which by then could be a stranger's.
         if getattr(self, "_bell", -1) >= 0:
-            os.close(self._bell)
+            try:
+                os.close(self._bell)
+            except OSError:
+                pass  # somebody has closed it already
 
     def gone(self) -> LoopUnavailableError:
         """Return the error for whoever still waits for a loop that has ended."""
@@ -503,9 +506,12 @@ class ManagedLoop:
 
     def _ring(self) -> None:
         if self._bell >= 0:
-            os.eventfd_write(self._bell, 1)  # a third of the cost of call_soon_threadsafe
-        else:
-            self.post(self._drain)
+            try:
+                os.eventfd_write(self._bell, 1)  # a third of the cost of call_soon_threadsafe
+                return
+            except OSError:
+                pass  # somebody has closed a descriptor that is not theirs; the loop has another one to wake it
+        self.post(self._drain)
 
     # ---- the loop's side -------------------------------------------------------------------------------------------
 
