@@ -286,7 +286,7 @@ def test_listing_is_empty_and_has_its_default_size_when_nothing_is_said(client: 
     assert page["next_cursor"]
 
 
-@pytest.mark.parametrize("limit", ["0", "101", "-1", "ten", "1.5", "", "9" * 100])
+@pytest.mark.parametrize("limit", ["0", "101", "-1", "ten", "1.5", "", "9" * 100, "1_0", "+5"])
 def test_listing_refuses_when_the_limit_is_bad(client: FlaskClient, limit: str) -> None:
     """limit is 1 to 100, else 422."""
     assert "limit" in assert_problem(client.get("/api/documents", query_string={"limit": limit}), 422)["errors"]
