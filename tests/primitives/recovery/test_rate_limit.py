@@ -459,9 +459,10 @@ def test_limit_goes_on_when_a_thread_holds_it_or_has_lost_it(monkeypatch: pytest
     monkeypatch.undo()
     with pytest.raises(RateLimitedError):
         run(api, clock)
-    api._baton.clear()
-    api.after_fork()
-    run(api, clock)
+    for left in ([], [5.0]):
+        api._baton[:] = left
+        api.after_fork()
+        assert len(api._baton) == 1
 
 
 def test_threads_wait_in_one_line() -> None:

@@ -36,6 +36,9 @@ from tta_sync.primitives.recovery import (
 from tta_sync.testing import FakeClock
 
 
+CALL = step(lambda data: data, name="call", idempotent=True)
+
+
 def stack(call: Any, **breaker: Any) -> Any:
     """The documented order: Fallback, Cache, total Timeout, Retry, RateLimit, CircuitBreaker, Bulkhead, Timeout."""
     attempt = TimeoutPrimitive(call, 1.0)
@@ -114,6 +117,26 @@ def test_errors_and_events_name_the_call_and_not_its_wrappers(workflow_events: l
     named: Any = CircuitBreakerPrimitive(CircuitBreakerPrimitive(call, name="inner"))
     assert named.name == "inner"
     assert CircuitBreakerPrimitive(call >> call).name == "SequentialPrimitive"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **name: RetryPrimitive(CALL, **name),
+        lambda **name: TimeoutPrimitive(CALL, 1.0, **name),
+        lambda **name: FallbackPrimitive(CALL, CALL, **name),
+        lambda **name: CircuitBreakerPrimitive(CALL, **name),
+        lambda **name: SagaPrimitive([(CALL, None)], **name),
+        lambda **name: BulkheadPrimitive(CALL, 1, **name),
+        lambda **name: RateLimitPrimitive(CALL, 1, **name),
+        lambda **name: HedgePrimitive(CALL, 1.0, **name),
+        lambda **name: ChaosPrimitive(CALL, **name),
+    ],
+)
+def test_primitive_has_the_name_that_it_is_given(build: Callable[..., Any]) -> None:
+    """name= names the step for sequences, errors and diagrams; without it the wrapped call's name does."""
+    assert build(name="mine").name == "mine"
+    assert build().name in (None, "call")
 
 
 # ---- through the facade -----------------------------------------------
