@@ -35,7 +35,6 @@ from tta_sync.primitives.recovery import (
 )
 from tta_sync.testing import FakeClock
 
-
 CALL = step(lambda data: data, name="call", idempotent=True)
 
 
