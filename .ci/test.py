@@ -4,11 +4,13 @@ Not pytest-cov: it starts after the plugin tta_sync.testing, and with it the hal
 been loaded. What subprocesses of the tests measured is combined.
 """
 
+import signal
 import sys
 
 import coverage
 import pytest
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the fixtures end what they started
 measured = coverage.Coverage()  # as setup.cfg says
 measured.erase()
 with measured.collect():
