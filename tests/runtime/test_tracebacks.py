@@ -190,6 +190,22 @@ def test_traceback_stays_flat_when_a_nested_call_raises_one_object(facade):
     is_flat(lambda: facade.call_sync(outer), longest=24)
 
 
+def test_story_of_a_nested_call_is_kept_when_a_helper_raises_its_error_again(facade):
+    """The frames of a nested call are part of this raise, also when a helper raises its error again."""
+
+    def again(error):
+        raise error
+
+    async def outer():
+        try:
+            await run_on_caller(facade.call_sync, plain, Mine("new each time"))
+        except Mine as error:
+            again(error)
+
+    names = names_of(met(facade.call_sync, outer))
+    assert [name for name in names if name in ("outer", "again", "plain")] == ["outer", "again", "outer", "plain"]
+
+
 def test_traceback_stays_bounded_when_eight_threads_raise_one_object_at_once(facade, in_thread):
     """One object raised to several callers at once: nobody's traceback grows without bound, nothing breaks."""
     error = Mine("shared")
