@@ -7,6 +7,7 @@ Who owns what:
 * ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it.
 * ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
 * ``work``: appended by the loop thread, taken by the caller's thread (deque operations are atomic).
+* ``answered``: the caller's thread only.
 * ``sent``, ``left``: written by the caller's thread, just before it queues the call and when it stops waiting.
 
 The caller waits on a raw lock used as a binary semaphore. A wake-up is only a hint, "something changed: look at
@@ -53,6 +54,7 @@ class Call:
     """One call; also the :class:`tta_sync.context.Caller` of the steps that run inside it."""
 
     __slots__ = (
+        "answered",
         "args",
         "began",
         "context",
@@ -90,6 +92,7 @@ class Call:
     task: asyncio.Task[Any] | None
     timer: Timer | None
     work: deque[Work] | None
+    answered: tuple[Work, Any, BaseException | None] | None  # the latest answer of serve(), until the step has it
     result: Any
     error: BaseException | None
     why: str | None
@@ -172,7 +175,7 @@ class Call:
 
     def forget(self) -> None:
         """Let go of what refers back to this call, so that no cycle waits for the collector. When all is over only."""
-        self.context = self.task = None
+        self.context = self.task = self.answered = None
 
     def serve(self) -> None:
         """Do the work that the loop has posted, in order. Caller's thread only."""
@@ -190,10 +193,20 @@ class Call:
                 raise
             except BaseException as raised:
                 error = raised
+            self.answered = (item, result, error)
             self.loop.post(item.settle, result, error)
             del item, result, error
         if work:
             self.refuse_work()
+
+    def answer_again(self) -> None:
+        """Repeat the latest answer if it was lost: an exception thrown into the loop thread may strike anywhere."""
+        if self.answered is not None:
+            item, result, error = self.answered
+            if item.future.done():
+                self.answered = None
+            else:
+                self.loop.post(item.settle, result, error)
 
     def refuse_work(self) -> None:
         """Tell all who wait for this caller that it has left. Caller's thread only."""

@@ -298,7 +298,7 @@ class ManagedLoop:
         call.context = context
         call.ident = native.get_ident()
         call.started = time.monotonic()
-        call.result = call.error = call.task = call.timer = call.work = call.why = None
+        call.result = call.error = call.task = call.timer = call.work = call.answered = call.why = None
         call.began = call.done = call.left = call.sent = False
         try:
             call.lock = self._local.lock
@@ -342,7 +342,7 @@ class ManagedLoop:
             if call.done and not call.work:  # as leave() does
                 call.left = True
                 calls.pop(call, None)
-                call.context = call.task = None
+                call.context = call.task = call.answered = None
             else:
                 self.leave(call)
         error = call.error
@@ -412,6 +412,8 @@ class ManagedLoop:
             call.serve()
             if call.done:
                 return 0.0
+        elif call.answered is not None:
+            call.answer_again()
         if self.dead:
             call.finish(None, self.gone())
             return 0.0
