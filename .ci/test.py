@@ -8,6 +8,7 @@ been loaded. What subprocesses of the tests measured is combined.
 """
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,12 +61,15 @@ def run_shares() -> int:
         for _, _, process in running:
             if process.poll() is None:
                 process.terminate()
+        for _, _, process in running:
+            process.wait()
     failed = totals["failed"] + totals["error"]
     print(f"{totals['passed']} passed, {failed} failed, {totals['skipped']} skipped\n")
     return status
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the fixtures end what they started
     if arguments[:1] == ["--here"]:
         return run_here(arguments[1:])
     measured = coverage.Coverage()
