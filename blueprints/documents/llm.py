@@ -150,11 +150,9 @@ class Provider:
             complete = take(reader.feed(begun))
             while not complete:
                 part = await anext(arriving, None)
-                if part is None:
-                    if not take(reader.end()):
-                        raise MalformedAnswerError("the provider's stream ended before its summary did")
-                    break
-                complete = take(reader.feed(part))
+                complete = take(reader.end() if part is None else reader.feed(part))
+                if part is None and not complete:
+                    raise MalformedAnswerError("the provider's stream ended before its summary did")
             whole = summary.end()
             pace.reschedule(None)
             await _drain(arriving)

@@ -58,9 +58,6 @@ class DocumentStream(StreamingPrimitive[dict[str, Any], Event]):
         super().__init__("document stream")
         self.branches = branches
 
-    def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
-        return (self.branches,)
-
     async def stream(self, data: dict[str, Any], context: WorkflowContext) -> AsyncIterator[Event]:
         # Not bounded by a slow client, but by what a summary may be.
         heard: asyncio.Queue[Event | None] = asyncio.Queue()

@@ -132,7 +132,8 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
 
     @step(name="llm stream")
     async def tell(request: dict[str, Any], context: WorkflowContext) -> Answer:
-        listener: Listener = context.state[_LISTENER]
+        listener = listener_of(context)
+        assert listener is not None
         try:
             summary = await provider.tell(request["text"], listener.say)
         except Exception as error:
@@ -202,8 +203,13 @@ async def recall(request: dict[str, Any]) -> Answer:
     return answer
 
 
+def listener_of(context: WorkflowContext) -> Listener | None:
+    """Return who listens to what runs with *context*, if anybody does."""
+    return context.state.get(_LISTENER)
+
+
 async def has_listener(request: Any, context: WorkflowContext) -> bool:
-    return _LISTENER in context.state
+    return listener_of(context) is not None
 
 
 def _log_failure(error: Exception) -> None:
@@ -264,7 +270,7 @@ async def tell_hits(answer: Answer, context: WorkflowContext) -> Answer:
 @step
 async def tell_rest(answer: Answer, context: WorkflowContext) -> Answer:
     """Tell the listener what it has not heard: a summary that nobody streamed, or one in place of a broken one."""
-    listener: Listener | None = context.state.get(_LISTENER)
+    listener = listener_of(context)
     if listener is not None and listener.heard != answer["summary"]:
         if listener.heard:
             listener.forget()

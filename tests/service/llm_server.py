@@ -24,13 +24,14 @@ class LLMServer:
     up), truncated (hangs up inside the answer), drip (a byte at a time). ``script`` is a list of modes for the next
     requests, before ``mode``.
 
-    Asked for a stream, good sends ``tokens`` one by one, and there are more modes: paced (a token per ``go()``),
-    trickle (one every 100 ms, without end), stalled, cut, ended and spoiled (after two tokens it says nothing more,
-    hangs up, ends the answer, sends what is no JSON), raw (the parts in ``raw``, each sent by itself), ignored (a plain
-    answer). ``left`` counts the clients that hung up while they were to wait for the next token.
+    Asked for a stream, good sends ``tokens`` one by one, and there are more modes: paced (a token, or the end, per
+    ``go()``), trickle (one every 100 ms, without end), stalled, cut, ended and spoiled (after two tokens it says
+    nothing more, hangs up, ends the answer, sends what is no JSON), raw (the parts in ``raw``, each sent by itself),
+    open (the same, then comments without an end), ignored (a plain answer). ``left`` counts the clients that hung up in
+    the middle.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.mode = "good"
         self.script: list[str] = []  # guarded by _lock
         self.retry_after = "1"
@@ -44,7 +45,7 @@ class LLMServer:
         self._turns = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._connections: list[socket.socket] = []  # guarded by _lock
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = False
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="llm-server")
 
@@ -58,9 +59,13 @@ class LLMServer:
             return len(self.requests)
 
     def go(self, tokens: int = 1) -> None:
-        """Let paced streams send as many tokens more."""
+        """Let paced streams go on by as many tokens."""
         for _ in range(tokens):
             self._turns.release()
+
+    def take_back(self) -> bool:
+        """Take back one such permission that nobody has used; say whether there was one."""
+        return self._turns.acquire(blocking=False)
 
     def start(self) -> None:
         self._thread.start()
@@ -133,11 +138,13 @@ class LLMServer:
                     }
                     if isinstance(asked, dict) and asked.get("stream"):
                         streams = ("good", "paced", "trickle", "stalled", "cut", "ended", "spoiled")
-                        answers.update(dict.fromkeys(streams, self._stream), raw=self._stream_raw)
+                        answers.update(dict.fromkeys(streams, self._stream))
+                        answers.update(raw=self._stream_raw, open=self._stream_raw)
                     self._mode = mode
                     answers[mode]()
                 except OSError:
                     self.close_connection = True  # the client has left, which is what some modes are about
+                    owner.left.release()
 
             def _hold(self, summary: str) -> None:
                 owner.release.wait(20)
@@ -164,17 +171,22 @@ class LLMServer:
                 self.close_connection = True
 
             def _stream(self) -> None:
+                def take_turn() -> bool:
+                    return owner._turns.acquire(timeout=0.01)
+
                 self._begin_stream()
                 self._chunk(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
                 tokens = itertools.cycle(owner.tokens) if self._mode == "trickle" else owner.tokens
                 for number, token in enumerate(tokens):
                     if self._mode == "paced":
-                        self._wait(lambda: owner._turns.acquire(timeout=0.01))
+                        self._wait(take_turn)
                     elif self._mode == "trickle":
                         self._wait(lambda: owner.release.wait(0.1), most=1)
                     elif number == 2 and self._mode != "good":
                         break
                     self._chunk(event(delta(token)))
+                if self._mode == "paced":
+                    self._wait(take_turn)
                 if self._mode == "stalled":
                     self._wait(lambda: owner.release.wait(0.01))
                 elif self._mode == "spoiled":
@@ -192,6 +204,9 @@ class LLMServer:
                 self._begin_stream()
                 for part in owner.raw:
                     self._chunk(part)
+                if self._mode == "open":
+                    while not owner.release.wait(0.02):
+                        self._chunk(b": still here\n\n")
                 self._chunk(b"")
 
             def _begin_stream(self) -> None:
@@ -204,12 +219,11 @@ class LLMServer:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
 
             def _wait(self, turn: Callable[[], bool], most: int = 2000) -> None:
-                """Wait for a turn, *most* times at most, or until the client has left, which is counted."""
+                """Wait for a turn, *most* times at most, or until the client has left."""
                 for _ in range(most):
                     if turn():
                         return
                     if self._has_left():
-                        owner.left.release()
                         raise ConnectionResetError("the client has left")
 
             def _has_left(self) -> bool:

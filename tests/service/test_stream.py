@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
 import threading
@@ -20,6 +22,7 @@ from blueprints.documents import chunks, llm as provider, local, stream, workflo
 from blueprints.documents.chunks import ChunkReader, MalformedAnswerError, StreamedSummary
 from blueprints.documents.models import Document
 from tests.service.llm_server import SUMMARY, LLMServer, delta, event
+from tta_sync import WorkflowContext, call_sync, iterate_sync, step
 from tta_sync.facade import default_facade
 
 MakeClient = Callable[..., FlaskClient]
@@ -236,14 +239,42 @@ def test_connection_is_kept_when_a_stream_has_ended(client: FlaskClient, llm: LL
     assert len({request["port"] for request in llm.requests}) == 1
 
 
+END = {"index": 0, "delta": {"content": "Short."}, "finish_reason": "stop"}
+ENDS = {
+    "by saying so without another line": ("raw", [event(delta("Short.")), b"data: [DONE]"]),
+    "by saying so and going on": ("raw", [event({"choices": [END]}), b": " + b"x" * provider.MAX_ANSWER]),
+    "by saying so and never hanging up": ("open", [event({"choices": [END]})]),
+}
+
+
+@pytest.mark.parametrize(("mode", "raw"), ENDS.values(), ids=ENDS)
 def test_stream_is_done_when_the_summary_is(
-    client: FlaskClient, llm: LLMServer, monkeypatch: pytest.MonkeyPatch
+    quick_client: FlaskClient, llm: LLMServer, monkeypatch: pytest.MonkeyPatch, mode: str, raw: list[bytes]
 ) -> None:
-    """Nobody waits for what comes after the summary's end."""
-    monkeypatch.setattr(provider, "DRAIN_SECONDS", 0.05)
-    begun = {"index": 0, "delta": {"content": "Short."}, "finish_reason": "stop"}
-    llm.mode, llm.raw = "raw", [event({"choices": [begun]}), b": " + b"x" * 100_000]
-    assert process(client)["summary"] == "Short."
+    """What a provider sends after the summary's end, or does not send, spoils nothing, and is not waited for."""
+    monkeypatch.setattr(provider, "DRAIN_SECONDS", 2 * QUICK["TTA_LLM_TIMEOUT"])
+    llm.mode, llm.raw = mode, raw
+    document = process(quick_client)
+    assert (document["summary"], *outcome(document)) == ("Short.", MODEL, False, False)
+    if mode == "open":
+        assert llm.left.acquire(timeout=20)
+
+
+def test_time_for_a_token_begins_anew_with_each(llm: LLMServer, make_client: MakeClient) -> None:
+    """TTA_LLM_TIMEOUT is for the next token: all together may take longer."""
+    client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL, TTA_LLM_TIMEOUT=3)
+    llm.mode = "paced"
+    llm.go()
+    began = time.monotonic()
+    with begin(client) as response:
+        arriving = response.iter_encoded()
+        for token in TOKENS:
+            assert decode(next(arriving)) == ("token", {"text": token})
+            time.sleep(0.8)  # the provider's, not a wait for something
+            llm.go()
+        kind, document = decode(next(arriving))
+    assert time.monotonic() - began > 3
+    assert (kind, *outcome(document)) == ("done", MODEL, False, False)
 
 
 def test_provider_that_does_not_stream_is_heard_as_one_piece(client: FlaskClient, llm: LLMServer) -> None:
@@ -281,6 +312,19 @@ def test_every_stream_hears_its_tokens_when_many_want_the_same(client: FlaskClie
         assert not plain.done()
         llm.release.set()
         assert plain.result(timeout=20).json["summary"] == SUMMARY
+
+
+def test_stream_is_no_hit_when_another_one_was_quicker(client: FlaskClient, llm: LLMServer) -> None:
+    """Whoever asked the provider does not say cached, even if the answer lay there by the time it had its own."""
+    llm.script = ["paced"]
+    llm.go()
+    with begin(client) as slow:
+        assert outcome(process(client)) == (MODEL, False, False)
+        llm.go(len(TOKENS))
+        kind, document = [decode(raw) for raw in slow.iter_encoded()][-1]
+    assert (kind, *outcome(document)) == ("done", MODEL, False, False)
+    assert process(client)["cached"]
+    assert llm.calls == 2
 
 
 # ---- a provider that fails
@@ -510,6 +554,7 @@ def test_comment_is_sent_when_nothing_is_said_for_long(
             assert next(arriving) == silence
             llm.go()
             assert decode(next(raw for raw in arriving if raw != silence)) == ("token", {"text": token})
+        llm.go()
         assert decode(list(arriving)[-1])[1]["summary"] == SUMMARY
 
 
@@ -526,11 +571,17 @@ def left_in_the_middle(client: FlaskClient, llm: LLMServer) -> Iterator[TestResp
     response.close()
 
 
+async def running() -> set[str]:
+    """What runs on the loop."""
+    return {task.get_name() for task in asyncio.all_tasks()}
+
+
 def test_work_ends_when_the_response_is_closed(
     left_in_the_middle: TestResponse, client: FlaskClient, llm: LLMServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The provider's connection is closed, nothing is stored, nothing runs on, and nobody complains."""
     left_in_the_middle.close()
+    assert "document stream" not in call_sync(running)
     assert default_facade().in_flight() == []
     assert llm.left.acquire(timeout=20)
     assert stored(client) == 0
@@ -554,6 +605,11 @@ def test_provider_is_not_blamed_when_the_client_leaves(
     assert outcome(process(client)) == (MODEL, False, False)
 
 
+def start_response(status: str, headers: Any, error: Any = None) -> Callable[[bytes], object]:
+    assert status == "200 OK"
+    return lambda written: None
+
+
 @pytest.mark.parametrize("ends", ["closed", "dropped"])
 def test_work_ends_when_the_response_is_never_read(
     ends: str, client: FlaskClient, llm: LLMServer, eventually: Callable[..., Any]
@@ -561,7 +617,7 @@ def test_work_ends_when_the_response_is_never_read(
     """A response that is closed, or dropped, before its first event ends the work as well."""
     llm.mode = "paced"
     environ = EnvironBuilder(path="/api/process/stream", method="POST", json={"text": TEXT}).get_environ()
-    response: Any = client.application.wsgi_app(environ, lambda *_: None)
+    response: Any = client.application.wsgi_app(environ, start_response)
     assert llm.arrived.acquire(timeout=20)
     if ends == "closed":
         response.close()
@@ -588,6 +644,26 @@ def test_failure_at_the_end_is_told_to_the_log_when_the_client_has_left(
     assert caplog.messages == ["a stream that its client had left ended with LookupError"]
 
 
+def test_nobody_complains_when_the_clean_up_fails_after_the_client_has_left(caplog: pytest.LogCaptureFixture) -> None:
+    """A failure that nobody can be told of any more ends with the stream, and asyncio has nothing to say about it."""
+
+    async def branches(data: Any, context: WorkflowContext) -> None:
+        listener = workflow.listener_of(context)
+        assert listener is not None
+        listener.say("One")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise LookupError("in the clean-up")
+
+    events = iterate_sync(stream.DocumentStream(step(branches)), {})
+    assert next(events) == ("token", {"text": "One"})
+    events.close()
+    gc.collect()
+    call_sync(asyncio.sleep, 0)
+    assert caplog.messages == []
+
+
 # ---- reading a stream: pure functions of the bytes
 
 
@@ -612,6 +688,7 @@ WELL = {
     "without a space": WHOLE.replace(b"data: ", b"data:"),
     "with comments and fields": b": hello\n\nevent: chunk\nid: 1\nretry: 5\n" + WHOLE + b":\n\n",
     "in several lines": WHOLE.replace(b'{"', b'{\ndata: "'),
+    "in several lines with CRLF": WHOLE.replace(b'{"', b'{\ndata: "').replace(b"\n", b"\r\n"),
     "without empty lines": (event(delta("Grüße,")) + event(delta(" 世界 😀"))).replace(b"\n\n", b"\n"),
     "without an end": WHOLE.rstrip(),
     "in halves of characters": WHOLE.replace("😀".encode(), b"\\ud83d")
@@ -643,29 +720,32 @@ def test_piece_is_said_with_the_chunk_that_brings_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "why"),
     [
-        b"data: {oops\n\n",
-        b'data: "\xff"\n\n',
-        b"data: " + b"[" * 100_000 + b"\n\n",
-        b"data: {\ndata: [DONE]\n\n",
-        b"data: {oops",
-        b": " + b"x" * chunks.MAX_LINE,
-        b"data:\n" * (chunks.MAX_STREAM // 6 + 1),
-        b'data: {"choices":[{"delta":{"content":"\\udc00"}}]}\n\n',
-        b'data: {"choices":[{"delta":{"content":"\\ud800"}}]}\n\n',
-        event(delta("x" * 10_001)) + event(delta("x" * 10_001)),
-        event(delta(" " * 20_001)),
-        event(delta(" \n ")),
-        b"data: [DONE]\n\n",
-        b"<html>Welcome to nginx!</html>",
-        b"",
+        (b"data: {oops\n\n", "not JSON"),
+        (b'data: "\xff"\n\n', "not JSON"),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "not JSON"),
+        (b"data: {\ndata: [DONE]\n\n", "not JSON"),
+        (b"data: {oops", "not JSON"),
+        (b": " + b"x" * chunks.MAX_LINE, "line .* longer"),
+        (b"data:\n" * (chunks.MAX_STREAM // 6 + 1), "stream is longer"),
+        (b'data: {"choices":[{"delta":{"content":"\\udc00"}}]}\n\n', "surrogate"),
+        (b'data: {"choices":[{"delta":{"content":"a\\ud800"}}]}\n\n', "surrogate"),
+        (event(delta("a\x00b")), "NUL"),
+        (event(delta(["text"])), "not a text"),
+        (event([]), "no choices"),
+        (event(delta("x" * 10_001)) * 2, "summary is longer"),
+        (event(delta(" " * 20_001)), "summary is longer"),
+        (event(delta(" \n ")), "empty"),
+        (b"data: [DONE]\n\n", "empty"),
+        (b"<html>Welcome to nginx!</html>", "empty"),
+        (b"", "empty"),
     ],
-    ids=lambda raw: repr(raw[:30]),
+    ids=lambda value: repr(value[:30]),
 )
-def test_stream_is_refused_when_it_is_none_or_has_no_bounds(raw: bytes) -> None:
+def test_stream_is_refused_when_it_is_none_or_has_no_bounds(raw: bytes, why: str) -> None:
     """Whatever is not JSON, not a summary, or too much of anything is the provider's failure."""
-    with pytest.raises(MalformedAnswerError):
+    with pytest.raises(MalformedAnswerError, match=why):
         summary_of(raw)
 
 
