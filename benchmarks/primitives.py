@@ -228,18 +228,18 @@ def timeout(repeat: int, step: Any, primitive: WorkflowPrimitive[Any, Any], what
 
 
 def nested_timeout(repeat: int) -> Table:
-    """What a limit inside another, earlier one costs: measured from inside."""
+    """Measure, from inside, what a limit inside another and earlier one costs."""
     made: dict[str, float] = {}
 
     async def inside(data: Any, context: WorkflowContext) -> None:
-        inner = TimeoutPrimitive(Waiting(), 7200.0).execute
-        bare = Waiting().execute
+        inner = TimeoutPrimitive(Quick(), 7200.0).execute
+        bare = Quick().execute
         calls: dict[str, Call] = {"inner": lambda: inner(1, context), "bare": lambda: bare(1, context)}
         samples = await _rounds(calls, dict.fromkeys(calls, repeat // ROUNDS))
         made["cost"] = quartile(samples["inner"]) - quartile(samples["bare"])
 
     asyncio.run(TimeoutPrimitive(inside, 3600.0).execute(1, WorkflowContext()))
-    nested = Table("primitives-timeout-nested", "Timeout inside an earlier limit, a step that waits once", "µs")
+    nested = Table("primitives-timeout-nested", "Timeout inside an earlier limit", "µs")
     nested.add("tta_sync Timeout", max(0.001, made["cost"]), Limit("tta_sync Timeout", 0.5))
     return nested
 
