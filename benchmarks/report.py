@@ -116,7 +116,7 @@ class Table:
         colours = ["#1f6f5c" if name.startswith("tta_sync") else "#b9c2c8" for name in names]
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [f" {_number(value)}" for value in values])
-        if max(values) > 30 * min(value for value in values if value > 0):
+        if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.set_xlabel(f"{self.unit} ({self.better} is better)")
