@@ -192,6 +192,10 @@ def test_many_orders_of_a_dict_share_one_entry_when_they_come_by_turns(step: Any
     assert step.calls == 1
     assert cache._store is not None
     assert len(cache._store.forms) <= 8
+    single = CachePrimitive(step, ttl=60)
+    call(single, dict.fromkeys("abcd", 1))
+    assert single._store is not None
+    assert cache._store.bytes > single._store.bytes  # forms have their weight
     assert cache._store.bytes == sum(entry.size for entry in cache._store.entries.values())
 
 
@@ -202,6 +206,34 @@ def test_other_buffers_do_not_hit_when_bytes_were_stored(step: Any, clock: Any, 
     call(cache, b"x")
     assert cache.peek(lookalike, WorkflowContext(clock=clock)) is MISS
     assert cache.peek(b"x", WorkflowContext(clock=clock)) == {"for": b"x"}
+
+
+def test_buffers_have_entries_of_their_own_when_they_look_like_bytes(step: Any, call: Any, clock: Any) -> None:
+    """What was stored for another buffer is no answer for bytes."""
+    step.answer = lambda data: type(data[0]).__name__
+    cache = CachePrimitive(step, ttl=60)
+    assert call(cache, [bytearray(b"x")]) == "bytearray"
+    assert cache.peek([b"x"], WorkflowContext(clock=clock)) is MISS
+    assert call(cache, [b"x"]) == "bytes"
+    assert call(cache, [bytearray(b"x")]) == "bytearray"
+
+
+def test_long_data_are_peeked_at_when_they_were_stored(step: Any, call: Any, clock: Any) -> None:
+    """Data of any length are answered without the loop."""
+    cache = CachePrimitive(step, ttl=60)
+    call(cache, "x" * 10_000)
+    assert cache.peek("x" * 10_000, WorkflowContext(clock=clock)) == {"for": "x" * 10_000}
+    assert cache.peek("x" * 9_999, WorkflowContext(clock=clock)) is MISS
+
+
+def test_peek_finds_nothing_when_the_entry_goes_at_the_same_moment(step: Any, call: Any, clock: Any) -> None:
+    """An entry that another thread drops between look and use is a miss."""
+    cache = CachePrimitive(step, ttl=60)
+    call(cache)
+    assert cache._store is not None
+    cache._store.entries.clear()  # as if between the two looks of peek
+    assert cache.peek(1, WorkflowContext(clock=clock)) is MISS
+    assert cache.get_stats()["hits"] == 0
 
 
 def test_tenants_have_entries_of_their_own_when_their_data_are_equal(step: Any, call: Any, clock: Any) -> None:
@@ -369,6 +401,15 @@ def test_least_recently_used_goes_first_when_max_size_is_reached(step: Any, call
         call(cache, data)
     assert step.calls == 4  # 2 was the least recently used when 3 came
     assert cache.get_stats()["size"] == 2
+
+
+def test_hit_on_the_loop_counts_as_use_when_peek_could_not_answer(step: Any, call: Any) -> None:
+    """Data without a cheap form, such as dates, keep their entries by being asked for."""
+    cache = CachePrimitive(step, ttl=60, max_size=2)
+    one, two, three = (datetime.date(2026, 1, day) for day in (1, 2, 3))
+    for data in (one, two, one, three, one):
+        call(cache, data)
+    assert step.calls == 3
 
 
 def test_peek_counts_as_use_when_the_oldest_is_looked_for(step: Any, call: Any, clock: Any) -> None:
@@ -643,13 +684,44 @@ def test_listed_error_is_raised_again_when_it_is_remembered(step: Any, call: Any
         with pytest.raises(NotFound, match="x") as caught:
             call(cache)
         assert caught.value.what == "x"
-    assert caught.value is not step.error
+    with pytest.raises(NotFound) as again:
+        call(cache)
+    assert len({id(step.error), id(caught.value), id(again.value)}) == 3
     assert step.calls == 1
     assert cache.peek(1, WorkflowContext(clock=clock)) is MISS
-    assert cache.get_stats()["hits"] == 2
+    assert cache.get_stats()["hits"] == 3
     clock.jump(5)
     step.error = None
     assert call(cache) == {"for": 1}
+
+
+def test_nothing_of_the_failed_call_is_kept_when_its_error_is_remembered(call: Any) -> None:
+    """A remembered error holds no frames, and so nothing that they hold."""
+    import gc
+    import weakref
+
+    class Token:
+        """Something in the frame of the failing step."""
+
+    tokens: list[weakref.ref[Token]] = []
+
+    async def fail(data: Any) -> None:
+        token = Token()
+        tokens.append(weakref.ref(token))
+        try:
+            raise ValueError("inner")
+        except ValueError as error:
+            raise NotFound("x") from error
+
+    cache = CachePrimitive(fail, ttl=60, negative_ttl=5, negative_for=LookupError)
+    for _ in range(2):
+        try:
+            call(cache)
+        except NotFound:
+            pass
+    gc.collect()
+    assert len(tokens) == 1
+    assert tokens[0]() is None
 
 
 def test_other_errors_are_not_remembered_when_some_are(step: Any, call: Any) -> None:
@@ -779,10 +851,11 @@ def test_degraded_result_marks_every_caller_when_it_comes_from_the_cache(clock: 
         return 0
 
     cache = CachePrimitive(lesser, ttl=60)
-    for ask in (lambda c: asyncio.run(cache.execute(1, c)), lambda c: asyncio.run(cache.execute(1, c))):
-        context = WorkflowContext(clock=clock)
-        ask(context)
-        assert context.degraded
+    for data in (1, datetime.date(2026, 1, 1)):  # with a cheap form, and without
+        for _ in range(2):
+            context = WorkflowContext(clock=clock)
+            asyncio.run(cache.execute(data, context))
+            assert context.degraded
     context = WorkflowContext(clock=clock)
     assert cache.peek(1, context) == 0
     assert context.degraded
@@ -948,7 +1021,7 @@ def test_late_result_is_not_stored_when_it_was_invalidated_meanwhile(clock: Any,
 # ---- stores that are shared ------------------------------------------------------------------------------------------
 
 
-def test_caches_keep_to_their_own_keys_when_they_share_a_backend(Step: Any, call: Any) -> None:
+def test_caches_keep_to_their_own_keys_when_they_share_a_backend(Step: Any, call: Any, clock: Any) -> None:
     """Two caches of one backend never answer for each other, nor clear each other."""
     backend = InMemoryBackend()
     one, other = Step(lambda data: "one"), Step(lambda data: "other")
@@ -959,7 +1032,7 @@ def test_caches_keep_to_their_own_keys_when_they_share_a_backend(Step: Any, call
     assert first.get_stats()["size"] == second.get_stats()["size"] == 1
     first.clear_cache()
     assert (first.get_stats()["size"], second.get_stats()["size"]) == (0, 1)
-    assert second.peek(1, WorkflowContext()) in ("other", MISS)
+    assert second.peek(1, WorkflowContext(clock=clock)) == "other"
 
 
 def test_caches_share_entries_when_they_are_of_the_same_step_and_backend(step: Any, call: Any) -> None:

@@ -261,6 +261,31 @@ def test_time_limit_of_one_waiter_does_not_bind_the_work_of_all(step: Any) -> No
     asyncio.run(main())
 
 
+def test_step_sees_the_time_of_the_most_patient_when_the_first_caller_has_a_limit(clock: Any) -> None:
+    """Inside the flight, the limit around the call that began it counts no more than any other's."""
+    seen: list[float | None] = []
+    started, gate = asyncio.Event(), asyncio.Event()
+
+    async def look(data: Any, context: WorkflowContext) -> int:
+        started.set()
+        await gate.wait()
+        seen.append(cut_off(context))
+        return 0
+
+    async def main() -> None:
+        cache = CachePrimitive(look, ttl=60)
+        hurried = start(TimeoutPrimitive(cache, timeout_seconds=5), context=WorkflowContext(clock=clock))
+        await started.wait()
+        patient = start(cache, context=WorkflowContext(clock=clock))
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(hurried, patient)
+
+    asyncio.run(main())
+    assert seen[0] is not None
+    assert seen[0] > clock.monotonic() + 3600
+
+
 def test_breaker_inside_counts_a_failure_when_a_timeout_outside_cuts_the_only_call() -> None:
     """A cache between a timeout and a breaker does not hide from the breaker that the step took too long."""
 

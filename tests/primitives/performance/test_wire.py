@@ -467,7 +467,7 @@ def test_busy_loop_is_not_taken_for_a_silent_server_when_it_connects(redis_url: 
     async def main() -> None:
         async def hold_up() -> None:
             while True:
-                time.sleep(0.03)  # the user's fault, on purpose
+                time.sleep(0.08)  # the user's fault, on purpose
                 await asyncio.sleep(0)
 
         hog = asyncio.ensure_future(hold_up())

@@ -171,7 +171,7 @@ class Flights:
                         return await alone()
                     return flight.snapshot.copy()
                 if leads:
-                    raise error.with_traceback(flight.trace)
+                    raise error
                 if not self._was_the_leaders(error, context):
                     raise copy_error(error).with_traceback(flight.trace)
                 # What ended the flight concerned the one who led it: the next in line takes over.

@@ -38,7 +38,7 @@ from tta_sync.primitives.performance.codec import OVERHEAD, Codec, Undecodable
 from tta_sync.primitives.performance.flights import Flight
 from tta_sync.primitives.performance.shared import Bypass, Lease, SharedLayer
 from tta_sync.primitives.performance.stores import RedisBackend
-from tta_sync.primitives.performance.wire import LIMIT, Endpoint, Link, Oversized, RedisDown, Refused
+from tta_sync.primitives.performance.wire import Endpoint, Link, Oversized, RedisDown, Refused
 
 if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive
@@ -120,7 +120,7 @@ return redis.call('DEL', KEYS[1])
 """)
 
 _FORGET = Script("""
--- KEYS: news, then result and lock of each result to drop, or counters to step; ARGV: how, message
+-- KEYS: news, then result and lock of each result to drop, or counters to step; ARGV: how, message, first number
 if ARGV[1] == 'drop' then
   for i = 2, #KEYS do redis.call('DEL', KEYS[i]) end
 else
@@ -128,9 +128,10 @@ else
     if redis.call('EXISTS', KEYS[i]) == 1 then redis.call('INCR', KEYS[i]) end
   end
 end
-local number = redis.call('INCR', KEYS[1])
-redis.call('PUBLISH', KEYS[1], number .. ' ' .. ARGV[2])
-return number
+redis.call('SET', KEYS[1], ARGV[3], 'NX')
+redis.call('INCR', KEYS[1])
+-- As text: Lua's own numbers have too few digits.
+redis.call('PUBLISH', KEYS[1], redis.call('GET', KEYS[1]) .. ' ' .. ARGV[2])
 """)
 
 
@@ -191,13 +192,23 @@ class RedisLayer(SharedLayer):
         key = self.key(cache.known(data, context), context.tenant)
         return cache.tags_for(data, context) | {_trace(key)}
 
+    def _limit(self, context: WorkflowContext) -> float | None:
+        """Return the seconds that Redis has for an answer, None for the common limit."""
+        cut = cut_off(context)
+        if cut is None:
+            return None
+        part = _PART_OF_REMAINING * (cut - context.clock.monotonic())
+        return None if part >= self._endpoint.bounds.limit else max(part, 0.001)
+
     # ---- asking Redis ------------------------------------------------------------------------------------------------
 
     async def _read(
         self, key: bytes, tags: frozenset[str], context: WorkflowContext
     ) -> tuple[bytes | None, list[bytes | None]]:
         try:
-            blob, *versions = await self._endpoint.link.ask("MGET", key, *self._counters(tags), limit=_limit(context))
+            blob, *versions = await self._endpoint.link.ask(
+                "MGET", key, *self._counters(tags), limit=self._limit(context)
+            )
         except (RedisDown, Refused, Oversized) as error:
             raise _bypass(error) from None
         return blob, versions
@@ -213,11 +224,11 @@ class RedisLayer(SharedLayer):
                 (lock, key, *self._counters(tags)),
                 token,
                 int(LOCK_LIFE * 1000),
-                int(SYSTEM_CLOCK.time() * 1e6),
+                _first(),
                 self._codec.max_bytes + OVERHEAD,
                 seen,
                 math.ceil((cache.ttl + cache.stale_if_error + cache.max_wait + 60.0) * 1000),
-                limit=_limit(context),
+                limit=self._limit(context),
             )
         except BaseException as error:
             # The command may be on its way, and get the lock after all.
@@ -241,7 +252,7 @@ class RedisLayer(SharedLayer):
                 blob,
                 math.ceil(keep * 1000),
                 *lease.versions,
-                limit=_limit(flight.context),
+                limit=self._limit(flight.context),
             )
         except (RedisDown, Refused, Oversized) as error:
             raise _bypass(error) from None
@@ -265,16 +276,14 @@ class RedisLayer(SharedLayer):
 
     async def _forget(self, how: str, names: tuple[bytes, ...], message: str) -> None:
         try:
-            number = await _FORGET.run(
-                self._endpoint.link, (self._news, *names), how, message, limit=_FORGET_LIMIT, force=True
+            await _FORGET.run(
+                self._endpoint.link, (self._news, *names), how, message, _first(), limit=_FORGET_LIMIT, force=True
             )
         except (RedisDown, Refused, Oversized) as error:
             raise unreachable(
                 f"{self._endpoint.name} could not be told of an invalidation ({error}); "
                 "the memory of this process was cleared, other processes may answer with the old result"
             ) from None
-        if self._last_news == number - 1:
-            self._last_news = number  # what this process did itself is no news
 
     async def _sweep(self) -> None:
         """Free the room of results that a step of the epoch has made worthless; their TTL does it otherwise."""
@@ -283,17 +292,14 @@ class RedisLayer(SharedLayer):
         try:
             for _ in range(_MAX_SWEEPS):
                 cursor, names = await link.ask("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
-                own = [name for name in names if self._owns(name.decode(errors="replace"))]
+                # The pattern fits the counters, too, and these must outlive the results: others compare with them.
+                own = [name for name in names if not name.startswith(self._control.encode())]
                 if own:
                     await link.ask("UNLINK", *own)
                 if cursor == b"0":
                     return
         except (RedisDown, Refused, Oversized):
             return
-
-    def _owns(self, name: str) -> bool:
-        """Say whether *name* is a result of this cache: the pattern alone also fits namespaces that end alike."""
-        return name[len(self._head) :].partition(":")[2].startswith(self._tail)
 
     # ---- hearing of invalidations in other processes, for the memory above -------------------------------------------
 
@@ -306,22 +312,22 @@ class RedisLayer(SharedLayer):
         try:
             await listener.listen(self._news, self)
         except RedisDown as down:
-            # One timeout is enough: the question that comes next need not wait for its own.
-            endpoint.link.go_down(down)
+            if listener.down:  # one timeout is enough: the question that comes next need not wait for its own
+                endpoint.link.go_down(down)
 
     def hear(self, message: bytes) -> None:
         """Take the news of one invalidation: ``number kind names``."""
-        known = self._last_news
+        known = self._last_news or 0
         try:
-            number, kind, names = message.split(b" ", 2)
-            self._last_news = int(number)
-            text = names.decode(errors="surrogatepass")
+            digits, kind, names = message.split(b" ", 2)
+            number, text = int(digits), names.decode(errors="surrogatepass")
         except ValueError:
             self._forget_above(None)  # not ours; whoever writes here may have meant anything
             return
-        if known == self._last_news:
-            return
-        if known is None or known != self._last_news - 1:
+        if number <= known:
+            return  # another loop of this process has heard it; a counter that Redis lost begins with larger numbers
+        self._last_news = number
+        if number != known + 1:
             self._forget_above(None)  # something was missed
         elif kind == b"k":
             self._forget_above(frozenset({_trace(names)}))
@@ -332,7 +338,12 @@ class RedisLayer(SharedLayer):
 
     async def catch_up(self) -> None:
         """Ask how many invalidations there were; if some were missed, nothing in the memory above can be believed."""
-        answer = await self._endpoint.link.ask("GET", self._news)
+        link = self._endpoint.link
+        try:
+            await link.ask("SET", self._news, _first(), "NX")
+        except Refused:
+            pass  # full, or read-only: then nobody else can tell of an invalidation either
+        answer = await link.ask("GET", self._news)
         number = 0 if answer is None else int(answer)
         if number != self._last_news:
             self._forget_above(None)
@@ -448,6 +459,11 @@ def _no_glob(text: str) -> str:
     return re.sub(r"([\\*?\[\]^])", r"\\\1", text)
 
 
+def _first() -> int:
+    """Return where a counter begins: beyond all that it can have reached before, should Redis have lost it."""
+    return int(SYSTEM_CLOCK.time() * 1e6)
+
+
 def _bypass(error: RedisDown | Refused | Oversized) -> Bypass:
     if isinstance(error, RedisDown):
         return Bypass("down", error.reason)
@@ -457,12 +473,3 @@ def _bypass(error: RedisDown | Refused | Oversized) -> Bypass:
 def _trace(key: bytes) -> str:
     """Return the tag by which a memory above knows what it has from *key*; no user's tag holds a zero."""
     return "\0" + key.decode(errors="replace")
-
-
-def _limit(context: WorkflowContext) -> float | None:
-    """Return the seconds that Redis has for an answer, None for the common limit."""
-    cut = cut_off(context)
-    if cut is None:
-        return None
-    part = _PART_OF_REMAINING * (cut - context.clock.monotonic())
-    return None if part >= LIMIT else max(part, 0.001)

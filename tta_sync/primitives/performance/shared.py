@@ -317,8 +317,6 @@ class SharedLayer(ABC):
         if blob is None:
             cache.emit_bypassed(context, self.label, f"a result of {len(encoded[1])} bytes is too large")
             return lease
-        if flight.revoked:
-            return lease
         lease.stop()
         try:
             stored = await self._put(lease, key, flight.tags, blob, lifetime + cache.stale_if_error, flight)

@@ -448,6 +448,10 @@ class Listener:
         """Say whether *hearer* hears *channel* right now."""
         return self._heard_on is self._link.connected is not None and hearer in self._channels.get(channel, ())
 
+    @property
+    def down(self) -> bool:
+        return self._link.down
+
     async def listen(self, channel: bytes, hearer: Hearer) -> None:
         """Let *hearer* hear *channel* from now on; on return the subscription stands, and it has caught up.
 
