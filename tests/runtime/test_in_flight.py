@@ -8,6 +8,7 @@ import pytest
 
 from tta_sync import run_on_caller, step
 from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.primitives import WorkflowPrimitive
 
 
 async def answer():
@@ -36,6 +37,22 @@ def test_calls_are_counted_exactly_when_many_threads_call(facade, in_thread):
     for future in [in_thread(caller) for _ in range(16)]:
         future.result(30)
     assert facade.stats().calls == 16 * 101
+
+
+def test_call_is_counted_when_it_was_answered_without_the_loop(facade):
+    """A call that peek answered is a call like any other."""
+
+    class Peeks(WorkflowPrimitive):
+        peeks = True
+
+        def peek(self, data, context):
+            return data
+
+        async def execute(self, data, context):
+            raise AssertionError("peek has an answer")
+
+    assert [facade.run_sync(Peeks(), number) for number in range(3)] == [0, 1, 2]
+    assert facade.stats().calls == 3
 
 
 def test_calls_stay_counted_when_the_facade_is_shut_down(facade):

@@ -217,6 +217,32 @@ def test_shutdown_returns_when_two_threads_ask_for_it_at_once(facade, in_thread,
         call.result(20)
 
 
+def test_first_shutdown_goes_on_when_a_second_one_comes_in_the_middle(facade, in_thread):
+    """A second shutdown() while the first one is closing a resource does not cut that short."""
+    from contextlib import asynccontextmanager
+
+    log, begun = [], threading.Event()
+
+    @asynccontextmanager
+    async def client():
+        yield "client"
+        begun.set()
+        await asyncio.sleep(0.2)
+        log.append("closed")
+
+    shared = facade.resource(client)
+
+    async def use():
+        return await shared
+
+    facade.call_sync(use)
+    first = in_thread(facade.shutdown, 0.0)
+    assert begun.wait(20)
+    facade.shutdown(0.0)
+    first.result(20)
+    assert log == ["closed"]
+
+
 def test_shutdown_is_refused_when_called_on_the_loop_thread(facade, works):
     """shutdown() on the loop's own thread, which would wait for itself, is refused by name."""
 
