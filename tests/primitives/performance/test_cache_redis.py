@@ -1094,13 +1094,16 @@ def test_memory_forgets_everything_when_it_may_have_missed_an_invalidation(
     """After the connection for news was lost, memory that cannot be trusted any more is given up."""
     flow, memory, _ = two_layers(step, client)
     _, _, other = two_layers(step, client)
-    CachePrimitive(step, storage=client, namespace="n")  # nobody listens for it
-    flow.run_sync(1)
-    flow.run_sync(2)
-    kept = memory.get_stats()["size"]
+
+    def filled() -> bool:
+        flow.run_sync(1)
+        flow.run_sync(2)
+        return _listeners(client) == 1 and memory.get_stats()["size"] == 2
+
+    eventually(filled, what="the subscription")
     _cut_listeners(client)
     eventually(lambda: _listeners(client) == 1, what="the new subscription")
-    assert memory.get_stats()["size"] == kept == 2  # nothing was missed: nothing is given up
+    assert memory.get_stats()["size"] == 2  # nothing was missed: nothing is given up
     client.incr(NEWS)  # as an invalidation does that was told while nobody heard
     _cut_listeners(client)
     eventually(lambda: memory.get_stats()["size"] == 0, what="the memory's end")
@@ -1176,6 +1179,19 @@ def test_memory_forgets_everything_when_redis_lost_its_counters(
     client.flushall()
     other.invalidate("something else")
     eventually(lambda: memory.get_stats()["size"] == 0, what="the memory's end")
+
+
+def test_redis_is_asked_when_only_the_news_do_not_come(step: Any, own_redis_server: Any) -> None:
+    """A user who may not subscribe has his results in Redis all the same; memory is bounded by its ttl."""
+    with redis.Redis.from_url(own_redis_server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "app", "on", ">p", "~*", "+@all", "-subscribe", "allchannels")
+        backend = RedisBackend(f"redis://app:p@127.0.0.1:{own_redis_server.port}")
+        flow, memory, shared = two_layers(step, backend)
+        for _ in range(3):
+            flow.run_sync(1)
+            memory.clear_cache()
+        assert step.calls == 1
+        assert shared.get_stats()["hits"] == 2
 
 
 def test_results_in_redis_are_used_when_it_is_read_only_from_the_beginning(step: Any, own_redis_server: Any) -> None:

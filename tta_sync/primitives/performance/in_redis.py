@@ -309,10 +309,11 @@ class RedisLayer(SharedLayer):
         listener = endpoint.listener
         if listener.hears(self._news, self) or endpoint.link.down:
             return
+        was_down = listener.down  # then it comes back by itself, and takes nobody's time
         try:
             await listener.listen(self._news, self)
         except RedisDown as down:
-            if listener.down:  # one timeout is enough: the question that comes next need not wait for its own
+            if listener.down and not was_down:  # one timeout is enough: the question that comes next need not wait
                 endpoint.link.go_down(down)
 
     def hear(self, message: bytes) -> None:
