@@ -70,6 +70,7 @@ def test_step_is_cut_exactly_at_its_limit() -> None:
     with pytest.raises(StepTimeoutError) as caught:
         run(TimeoutPrimitive(HANG, 2.5), clock)
     assert clock.monotonic() == 2.5
+    assert clock._next() is None, "a timer was left armed"
     assert (caught.value.step, caught.value.timeout) == ("sleep", 2.5)
     assert isinstance(caught.value, TimeoutError)
     assert isinstance(caught.value, module.TimeoutError)
@@ -775,6 +776,29 @@ def test_scopes_inside_an_orphan_never_reach_the_caller(scope: str) -> None:
 
     asyncio.run(main())
     assert ended == ["ended"]
+
+
+def test_cancellation_that_a_scope_inside_an_orphan_asked_for_does_not_count_against_the_caller() -> None:
+    """asyncio.timeout had cancelled already, and was swallowed too: the caller gets his timeout, not a cancellation."""
+    clock = FakeClock()
+
+    async def stubborn(data: Any, context: WorkflowContext) -> None:
+        async with asyncio.timeout(0):
+            for _ in range(3):
+                try:
+                    await context.clock.sleep(3600)
+                except asyncio.CancelledError:
+                    pass
+
+    async def main() -> None:
+        with pytest.raises(StepTimeoutError, match="left behind"):
+            await TimeoutPrimitive(stubborn, 1.0).execute(1, WorkflowContext(clock=clock))
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        await asyncio.wait(set(module.orphans))
+
+    asyncio.run(main())
 
 
 def test_foreign_future_type_is_cancelled_a_second_time(caplog: pytest.LogCaptureFixture) -> None:
