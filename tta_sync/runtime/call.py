@@ -92,7 +92,7 @@ class Call:
     task: asyncio.Task[Any] | None
     timer: Timer | None
     work: deque[Work] | None
-    answered: tuple[Work, Any, BaseException | None] | None  # the latest answer of serve(), until the step has it
+    answered: list[tuple[Work, Any, BaseException | None]] | None  # by serve(), until the steps have their answers
     result: Any
     error: BaseException | None
     why: str | None
@@ -193,19 +193,25 @@ class Call:
                 raise
             except BaseException as raised:
                 error = raised
-            self.answered = (item, result, error)
+            self._remember(item, result, error)
             self.loop.post(item.settle, result, error)
             del item, result, error
         if work:
             self.refuse_work()
 
+    def _remember(self, item: Work, result: Any, error: BaseException | None) -> None:
+        answered = self.answered
+        if answered is None:
+            answered = self.answered = []
+        elif len(answered) >= 8:
+            answered[:] = [answer for answer in answered if not answer[0].future.done()]
+        answered.append((item, result, error))
+
     def answer_again(self) -> None:
-        """Repeat the latest answer if it was lost: an exception thrown into the loop thread may strike anywhere."""
+        """Repeat answers that were lost on their way: an exception thrown into the loop thread may strike anywhere."""
         if self.answered is not None:
-            item, result, error = self.answered
-            if item.future.done():
-                self.answered = None
-            else:
+            lost = self.answered = [answer for answer in self.answered if not answer[0].future.done()]
+            for item, result, error in lost:
                 self.loop.post(item.settle, result, error)
 
     def refuse_work(self) -> None:
