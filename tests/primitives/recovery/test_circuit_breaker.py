@@ -1044,34 +1044,42 @@ class Crowd(CircuitBreakerPrimitive[Any, Any]):
 class LateCounts(CircuitBreakerPrimitive[Any, Any]):
     """Results of calls from before the last change of state count."""
 
-    def _ended(self, error: Any, generation: int, lease: Any, began: float, context: WorkflowContext) -> None:
-        super()._ended(error, self._generation, lease, began, context)
+    def _ended(
+        self, error: Any, cut: bool, generation: int, lease: Any, began: float, context: WorkflowContext
+    ) -> None:
+        super()._ended(error, cut, self._generation, lease, began, context)
 
 
 class CancelIsFailure(CircuitBreakerPrimitive[Any, Any]):
     """Whoever cancels is taken for a failure."""
 
-    def _ended(self, error: Any, generation: int, lease: Any, began: float, context: WorkflowContext) -> None:
+    def _ended(
+        self, error: Any, cut: bool, generation: int, lease: Any, began: float, context: WorkflowContext
+    ) -> None:
         if isinstance(error, asyncio.CancelledError):
             error = OSError()
-        super()._ended(error, generation, lease, began, context)
+        super()._ended(error, cut, generation, lease, began, context)
 
 
 class CutIsNeutral(CircuitBreakerPrimitive[Any, Any]):
     """Timeout(Breaker(hang)) never counts."""
 
-    def _ended(self, error: Any, generation: int, lease: Any, began: float, context: WorkflowContext) -> None:
+    def _ended(
+        self, error: Any, cut: bool, generation: int, lease: Any, began: float, context: WorkflowContext
+    ) -> None:
         if isinstance(error, asyncio.CancelledError):
-            error = ValueError()
-        super()._ended(error, generation, lease, began, context)
+            error, cut = ValueError(), False
+        super()._ended(error, cut, generation, lease, began, context)
 
 
 class LeaseIsKept(CircuitBreakerPrimitive[Any, Any]):
     """A probe that is cancelled keeps its permit."""
 
-    def _ended(self, error: Any, generation: int, lease: Any, began: float, context: WorkflowContext) -> None:
+    def _ended(
+        self, error: Any, cut: bool, generation: int, lease: Any, began: float, context: WorkflowContext
+    ) -> None:
         if not isinstance(error, (asyncio.CancelledError, ValueError)):
-            super()._ended(error, generation, lease, began, context)
+            super()._ended(error, cut, generation, lease, began, context)
 
 
 @pytest.mark.parametrize("twin", [Crowd, LateCounts, CancelIsFailure, CutIsNeutral, LeaseIsKept])

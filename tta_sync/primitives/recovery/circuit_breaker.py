@@ -383,14 +383,15 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         try:
             result = await self._inner(data, context)
         except BaseException as error:
-            self._ended(error, generation, lease, began, context)
+            cut = isinstance(error, asyncio.CancelledError) and cancel_reason(context) is not None
+            self._ended(error, cut, generation, lease, began, context)
             raise
-        if (
-            not self._quiet
-            or lease is not None
-            or ((time_limit.get() is not None or context.deadline is not None) and cancel_reason(context) is not None)
-        ):
-            self._ended(None, generation, lease, began, context)
+        # A step that swallowed its cancellation at a limit and returned something later on has failed all the same.
+        cut = (time_limit.get() is not None or context.deadline is not None) and cancel_reason(context) is not None
+        if cut or lease is not None:
+            self._ended(None, cut, generation, lease, began, context)
+        elif not self._quiet:
+            self._succeeded(generation, began, context)
         return result
 
     # ---- before a call
@@ -477,19 +478,33 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
 
     # ---- after a call
 
+    def _succeeded(self, generation: int, began: float, context: WorkflowContext) -> None:
+        """Count a good call of the closed state."""
+        window = self._window
+        limit = self.config.slow_call_seconds
+        if window is not None and limit is None:
+            now = context.clock.monotonic() if self._window_tells_time else 0.0
+            with self._lock:
+                if generation != self._generation:
+                    return
+                if not window.failures and not window.slow:
+                    window.add(False, False, now)
+                    self._failures = 0
+                    self._quiet = window.settled
+                    return
+        self._ended(None, False, generation, None, began, context)
+
     def _ended(
         self,
         error: BaseException | None,
+        cut: bool,
         generation: int,
         lease: object | None,
         began: float,
         context: WorkflowContext,
     ) -> None:
-        """Count how a call ended, unless it is too late to matter."""
-        # Cut by a timeout or deadline around: also where the step swallowed that and returned something later on.
-        failed = slow = (error is None or isinstance(error, asyncio.CancelledError)) and (
-            cancel_reason(context) is not None
-        )
+        """Count how a call ended, unless it is too late to matter; *cut*: by a timeout or deadline around it."""
+        failed = slow = cut
         neutral = False
         if error is not None and not failed:
             failed = (

@@ -150,18 +150,19 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         if not self._plain:
             return self._limited(data, context)
         now = context.clock.monotonic()
+        baton = self._baton
         try:
-            arrival = self._baton.pop()
+            arrival = baton.pop()
         except IndexError:
             arrival = self._wait_for_baton(now)
-        try:
-            due = arrival if arrival > now else now  # decide(), spelled out: this is what each call pays
-            wait = due - now - self._tolerance
-            if wait <= SLACK:
-                arrival = due + self._interval
-        finally:
-            self._baton.append(arrival)
-        return self._inner(data, context) if wait <= SLACK else self._refuse(wait, context)
+        if arrival < now:  # decide(), spelled out: this is what each call pays
+            arrival = now
+        early = arrival - now - self._tolerance
+        if early <= SLACK:
+            baton.append(arrival + self._interval)
+            return self._inner(data, context)
+        baton.append(arrival)
+        return self._refuse(early, context)
 
     def _wait_for_baton(self, now: float) -> float:
         """Take the baton from the thread that has it, which needs it for a microsecond."""

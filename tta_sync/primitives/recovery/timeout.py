@@ -112,7 +112,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         clock = context.clock
-        now = clock.monotonic()
+        monotonic = clock.monotonic
+        now = monotonic()
         at: float = now + self.timeout_seconds
         outer = time_limit.get()
         if outer is not None and getattr(outer, "over", False):
@@ -148,14 +149,14 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 # A step that never waits needs no timer: nothing could fire while it runs.
                 driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline, now + self.timeout_seconds)
             except StopIteration as stop:
-                if clock.monotonic() < at:
+                if monotonic() < at:
                     return stop.value  # type: ignore[no-any-return]
             else:
                 try:
                     result: Out = await driver
                 finally:
                     driver.end()
-                if not driver.fired and clock.monotonic() < driver.at:
+                if not driver.fired and monotonic() < driver.at:
                     return result
         except BaseException as error:
             if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
