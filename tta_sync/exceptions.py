@@ -11,6 +11,8 @@ TTASyncError
     ├ CircuitOpenError                     .circuit .retry_after .failure_count .last_error
     ├ BulkheadFullError, RateLimitedError                                              .retry_after
     ├ NoRouteError (ValueError)                                                        .key .routes
+    ├ IdempotencyConflictError             another call with the key is at it          .key .retry_after
+    ├ IdempotencyMismatchError (ValueError) the key was used for something else        .key
     └ SagaError (ExceptionGroup)           the step's error and the failed compensations
 
 Errors of the user's own code pass through as themselves. Every class pickles, with its notes: RQ carries errors between
@@ -28,6 +30,8 @@ __all__ = [
     "CircuitOpenError",
     "ConfigurationError",
     "DeadlineExceededError",
+    "IdempotencyConflictError",
+    "IdempotencyMismatchError",
     "LoopUnavailableError",
     "NoCallerError",
     "NoRouteError",
@@ -185,6 +189,29 @@ class NoRouteError(WorkflowError, ValueError):
 
     def __str__(self) -> str:
         return f"no route for {self.key!r}; the routes are {', '.join(map(repr, self.routes))}"
+
+
+class IdempotencyConflictError(WorkflowError):
+    """Another call with the same idempotency key is being worked on at this moment."""
+
+    def __init__(self, key: str, retry_after: float = 1.0) -> None:
+        super().__init__(key, retry_after)
+        self.key = key
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"a call with the idempotency key {self.key!r} is in progress; try again in {self.retry_after:g} s"
+
+
+class IdempotencyMismatchError(WorkflowError, ValueError):
+    """The idempotency key was used before, for something else."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"the idempotency key {self.key!r} was used for something else: use a new one"
 
 
 class SagaError(WorkflowError, ExceptionGroup[Exception]):

@@ -14,6 +14,8 @@ from tta_sync.exceptions import (
     CircuitOpenError,
     ConfigurationError,
     DeadlineExceededError,
+    IdempotencyConflictError,
+    IdempotencyMismatchError,
     LoopUnavailableError,
     NoCallerError,
     NoRouteError,
@@ -73,6 +75,18 @@ ERRORS: list[tuple[TTASyncError, type[BaseException], str, dict[str, object]]] =
         ValueError,
         "no route for 'z'; the routes are 'x', 'y'",
         {"key": "z", "routes": ["x", "y"]},
+    ),
+    (
+        IdempotencyConflictError("k", 0.5),
+        WorkflowError,
+        "a call with the idempotency key 'k' is in progress; try again in 0.5 s",
+        {"key": "k", "retry_after": 0.5},
+    ),
+    (
+        IdempotencyMismatchError("k"),
+        ValueError,
+        "the idempotency key 'k' was used for something else: use a new one",
+        {"key": "k"},
     ),
     (
         SagaError("order failed", [ValueError("step"), KeyError("undo")]),

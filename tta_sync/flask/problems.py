@@ -16,6 +16,8 @@ from tta_sync.exceptions import (
     BulkheadFullError,
     CircuitOpenError,
     DeadlineExceededError,
+    IdempotencyConflictError,
+    IdempotencyMismatchError,
     LoopUnavailableError,
     RateLimitedError,
     SaturatedError,
@@ -36,6 +38,8 @@ TABLE: dict[str, Row] = {
         f"{error.__module__}.{error.__qualname__}": (status, code, detail)
         for error, status, code, detail in (
             (RateLimitedError, 429, "rate_limited", "Too many calls; try again later."),
+            (IdempotencyConflictError, 409, "idempotency_conflict", "The same request is being worked on."),
+            (IdempotencyMismatchError, 422, "idempotency_mismatch", "This key was used for another request."),
             (SaturatedError, 503, "saturated", "Too many calls are in flight; try again later."),
             (BulkheadFullError, 503, "bulkhead_full", "Too many calls are in flight; try again later."),
             (CircuitOpenError, 503, "circuit_open", "A service that this needs is failing; try again later."),

@@ -10,6 +10,7 @@ import queue
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -788,8 +789,6 @@ def test_credential_provider_is_asked_when_the_client_has_one(own_redis_server: 
 
 def test_unix_socket_is_used_when_the_url_names_one(tmp_path: Any) -> None:
     """unix:// works as redis:// does."""
-    import subprocess
-
     from tta_sync.redis import find_redis_server
 
     path = f"/tmp/tta-{os.getpid()}.sock"
@@ -882,11 +881,19 @@ def test_client_is_refused_when_it_demands_a_check_that_is_not_made() -> None:
         endpoint("rediss://localhost?ssl_validate_ocsp=true")
 
 
-def test_extra_is_named_when_the_redis_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without redis-py the error says what to install."""
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'tta-sync\[redis\]'"):
-        endpoint("redis://localhost")
+def test_extra_is_named_when_the_redis_library_is_missing() -> None:
+    """Without redis-py the error says what to install; finding a server needs no library."""
+    program = (
+        "import sys; sys.modules['redis'] = None\n"
+        "import tta_sync.redis as seam\n"
+        "from tta_sync.exceptions import ConfigurationError\n"
+        "seam.find_redis_server()\n"
+        "from tta_sync.primitives import CachePrimitive, RedisBackend\n"
+        "try: CachePrimitive(print, backend=RedisBackend('redis://x'), namespace='n')\n"
+        "except ConfigurationError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'tta-sync[redis]'" in done.stdout
 
 
 @pytest.mark.parametrize("source", [object(), "http://example.com", 5, None])

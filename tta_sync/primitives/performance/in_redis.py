@@ -27,7 +27,7 @@ import os
 import re
 from collections.abc import Callable, Coroutine
 from hashlib import sha1
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import WorkflowContext, cut_off
@@ -42,6 +42,8 @@ from tta_sync.primitives.performance.wire import Endpoint, Link, Oversized, Redi
 
 if TYPE_CHECKING:
     from tta_sync.primitives.performance.cache import CachePrimitive
+
+T = TypeVar("T")
 
 LOCK_LIFE = 5.0  # seconds; renewed at a third of it
 _FORGET_LIMIT = 1.0  # seconds for an invalidation, which may not be skipped
@@ -442,8 +444,8 @@ class _Chore(WorkflowPrimitive[Any, Any]):
         return await self._work()
 
 
-def from_sync(work: Callable[[], Coroutine[Any, Any, Any]], name: str, remedy: str) -> None:
-    """Run *work* on the managed loop and wait for it.
+def from_sync(work: Callable[[], Coroutine[Any, Any, T]], name: str, remedy: str) -> T:
+    """Run *work* on the managed loop and wait for it; *name* and *remedy* are for who calls it on a loop.
 
     Raises:
         LoopUnavailableError: called on a loop's own thread.
@@ -451,8 +453,8 @@ def from_sync(work: Callable[[], Coroutine[Any, Any, Any]], name: str, remedy: s
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        _Chore(work, name).run_sync(None, WorkflowContext())
-        return
+        answer: T = _Chore(work, name).run_sync(None, WorkflowContext())
+        return answer
     raise LoopUnavailableError(f"{name} would wait for Redis on the loop's own thread: write {remedy} there")
 
 

