@@ -306,7 +306,7 @@ def test_call_is_answered_when_the_thread_has_the_ident_of_a_dead_loop_thread(fa
 
     dead = facade.call_sync(who)
     facade._loop.shutdown(0.0)
-    answers, give_up = [], time.monotonic() + 2
+    answers, give_up = [], time.monotonic() + 0.5
 
     def caller():
         answers.append((threading.get_ident(), facade.call_sync(add, 1, 2)))

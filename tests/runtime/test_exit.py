@@ -214,24 +214,6 @@ until(lambda: facade.in_flight() and facade.in_flight()[0].state == "running")
 }
 
 
-@pytest.fixture(scope="module")
-def endings(run_together):
-    """How each of the programs ended."""
-    return run_together({name: body + ("" if "last()" in body else "last()\n") for name, (body, _) in PROGRAMS.items()})
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_process_ends_soon_and_quietly_when_it_leaves_work_in_flight(endings, name):
-    """Whatever is in flight: the end comes within 5 s, with the program's status, empty stderr, and clean-up done."""
-    ended = endings[name]
-    assert ended.stderr == ""
-    assert ended.said == PROGRAMS[name][1]
-    assert ended.status == (3 if "sys.exit(3)" in PROGRAMS[name][0] else 0)
-    assert ended.seconds_after_last < EXIT_WITHIN
-
-
-# ------------------------------------------------------------------------------------------------ calls at the end
-
 CALL = """
 def call():
     try:
@@ -316,14 +298,26 @@ atexit.register(call)
 
 
 @pytest.fixture(scope="module")
-def late_endings(run_together):
-    return run_together({name: body + "last()\n" for name, body in LATE_CALLS.items()})
+def endings(run_together):
+    """How each of the programs ended."""
+    bodies = {name: body for name, (body, _) in PROGRAMS.items()} | LATE_CALLS
+    return run_together({name: body + ("" if "last()" in body else "last()\n") for name, body in bodies.items()})
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_process_ends_soon_and_quietly_when_it_leaves_work_in_flight(endings, name):
+    """Whatever is in flight: the end comes within 5 s, with the program's status, empty stderr, and clean-up done."""
+    ended = endings[name]
+    assert ended.stderr == ""
+    assert ended.said == PROGRAMS[name][1]
+    assert ended.status == (3 if "sys.exit(3)" in PROGRAMS[name][0] else 0)
+    assert ended.seconds_after_last < EXIT_WITHIN
 
 
 @pytest.mark.parametrize("name", LATE_CALLS)
-def test_call_never_hangs_when_made_at_the_end(late_endings, name):
+def test_call_never_hangs_when_made_at_the_end(endings, name):
     """A call in atexit, at finalization or from a thread that outlives the main one: its result or the named error."""
-    ended = late_endings[name]
+    ended = endings[name]
     assert ended.stderr == ""
     assert ended.said in (["result 42"], ["refused"])
     assert ended.status == 0

@@ -3,7 +3,7 @@
 LIMIT = 2.0  # MB; a leak of one pointer per call is 0.8
 
 
-def test_memory_threads_and_descriptors_stay_flat_when_a_hundred_thousand_calls_are_made(program):
+def test_memory_threads_and_descriptors_stay_flat_when_a_hundred_thousand_calls_are_made(program, options):
     """After a warm-up, 100,000 calls and 20,000 raises of one object leave the process as large as it was."""
     ended = program(
         """
@@ -34,16 +34,16 @@ def test_memory_threads_and_descriptors_stay_flat_when_a_hundred_thousand_calls_
 
         spread(12_000, 4_000)
         before = held()
-        spread(100_000, 20_000)
+        spread(25_000 if OPTIONS else 100_000, 5_000 if OPTIONS else 20_000)
         after = held()
         say(after[0] - before[0], after[1] - before[1], after[2] - before[2])
-        assert facade.stats().calls == 136_000
+        assert facade.stats().calls == (46_000 if OPTIONS else 136_000)
         """
     ).end(60)
     assert ended.stderr == ""
     assert ended.status == 0
     megabytes, more_threads, descriptors = map(float, ended.said[0].split())
-    assert megabytes < LIMIT
+    assert megabytes < (LIMIT / 4 if options else LIMIT)  # other kinds of loop: a quarter of the calls
     assert more_threads <= 0
     assert descriptors <= 0
 

@@ -153,9 +153,9 @@ facade.call_sync(answer)
 """
 
 
-@pytest.mark.parametrize("error", ["Thrown", "SystemExit", "KeyboardInterrupt"])
+@pytest.mark.parametrize("error", ["Thrown", "SystemExit"])
 def test_waiters_hear_when_exceptions_are_thrown_into_the_loop_thread(run_program, error):
-    """Ten exceptions thrown into the loop's thread in a row: results or typed errors, and a facade that works."""
+    """Six exceptions thrown into the loop's thread in a row: results or typed errors, and a facade that works."""
     ended = run_program(
         RAIN.format(error=error)
         + f"""
@@ -175,7 +175,7 @@ def let_go():
 threads = [threading.Thread(target=caller, daemon=True) for _ in range(4)]
 for thread in threads: thread.start()
 until(lambda: len(waiting) == 4)
-for _ in range(10):
+for _ in range(6):
     throw()
     time.sleep(0.06)  # it lands with the next Python code on that thread: the watchdog's question, say
 asked = time.monotonic()
@@ -203,7 +203,7 @@ def test_every_call_ends_when_exceptions_rain_on_the_loop_thread(run_program, er
     ended = run_program(
         RAIN.format(error=error)
         + f"""
-end, luck = time.monotonic() + 2, random.Random(1)
+end, luck = time.monotonic() + 1, random.Random(1)
 counts, slowest, wrong = [0] * 4, [0.0] * 4, []
 def caller(number):
     while time.monotonic() < end:
