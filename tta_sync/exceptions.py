@@ -138,21 +138,39 @@ class CircuitOpenError(WorkflowError):
         arguments = self.circuit, self.retry_after, self.failure_count, _portable(self.last_error)
         return type(self), arguments, state
 
+    def __copy__(self) -> CircuitOpenError:  # within the process the last error goes as itself
+        twin: CircuitOpenError = _twin(self, self.circuit, self.retry_after, self.failure_count, self.last_error)
+        return twin
+
 
 CircuitBreakerError = CircuitOpenError  # TTA.dev's name
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
     """Return *error* if it pickles, else one that tells what it was."""
-    if error is None:
-        return None
+    if error is None or _pickles(error):
+        return error
+    told = WorkflowError(f"{type(error).__qualname__}: {str(error)[:500]}")
+    for note in getattr(error, "__notes__", ()):
+        told.add_note(str(note))
+    return told
+
+
+def _twin(error: TTASyncError, *arguments: Any) -> Any:
+    twin = type(error)(*arguments)
+    twin.__dict__.update(error.__dict__)
+    return twin
+
+
+def _pickles(thing: object) -> bool:
+    """Say whether *thing* comes through pickle."""
     import pickle
 
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301  # our own bytes
+        pickle.loads(pickle.dumps(thing))  # noqa: S301  # our own bytes
     except Exception:
-        return WorkflowError(f"{type(error).__qualname__}: {str(error)[:500]}")
-    return error
+        return False
+    return True
 
 
 class BulkheadFullError(WorkflowError):
@@ -187,6 +205,16 @@ class NoRouteError(WorkflowError, ValueError):
         self.key = key
         self.routes = routes
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        # The key is any object of the user's: where it cannot cross to another process, its text does.
+        key = self.key if _pickles(self.key) else repr(self.key)[:500]
+        state = {name: value for name, value in self.__dict__.items() if name != "key"}
+        return type(self), (key, self.routes), state
+
+    def __copy__(self) -> NoRouteError:
+        twin: NoRouteError = _twin(self, self.key, self.routes)
+        return twin
+
     def __str__(self) -> str:
         return f"no route for {self.key!r}; the routes are {', '.join(map(repr, self.routes))}"
 
@@ -219,6 +247,14 @@ class SagaError(WorkflowError, ExceptionGroup[Exception]):
 
     def derive(self, excs: Sequence[Exception]) -> SagaError:  # type: ignore[override]  # same group, other members
         return SagaError(self.message, excs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        # The members are the user's: one that cannot cross to another process goes as its text.
+        return type(self), (self.message, [_portable(error) for error in self.exceptions]), self.__dict__
+
+    def __copy__(self) -> SagaError:
+        twin: SagaError = _twin(self, self.message, self.exceptions)
+        return twin
 
 
 def copy_error(error: BaseException) -> BaseException:

@@ -138,6 +138,54 @@ def test_saga_error_splits_into_its_own_kind() -> None:
     assert [str(error) for error in left.exceptions] == ["step"]
 
 
+def test_error_pickles_whatever_of_the_users_it_holds() -> None:
+    """What cannot cross to another process goes as its text; what can, as itself. Notes come along."""
+
+    class Local(Exception):  # defined in a function: no other process can find it
+        pass
+
+    lost = Local("undo")
+    lost.add_note("in the compensation of step 1 of 2: book")
+    group = SagaError("order failed", [ValueError("step"), lost])
+    group.add_note("mine")
+    there = pickle.loads(pickle.dumps(group))
+    step_error, undo_error = there.exceptions
+    assert isinstance(there, SagaError)
+    assert there.__notes__ == ["mine"]
+    assert isinstance(step_error, ValueError)
+    assert isinstance(undo_error, WorkflowError)
+    assert str(undo_error).endswith("Local: undo")
+    assert undo_error.__notes__ == lost.__notes__
+
+    key = Local
+    route = pickle.loads(pickle.dumps(NoRouteError(key, ["x"])))
+    assert isinstance(route, NoRouteError)
+    assert str(route).startswith("no route for ")
+    assert "Local" in route.key
+
+
+def test_copy_within_the_process_keeps_what_cannot_be_pickled() -> None:
+    """A copy is for another raiser here: members, key and last error are the objects themselves."""
+
+    class Local(Exception):
+        pass
+
+    lost = Local("undo")
+    circuit, route = CircuitOpenError("llm", 1.0, 5, lost), NoRouteError(Local, ["x"])
+    saga = SagaError("order failed", [lost])
+    saga.add_note("mine")
+    for make in copy.copy, copy_error:
+        same: BaseException = make(saga)
+        assert isinstance(same, SagaError)
+        assert (same.exceptions, same.message, same.__notes__) == ((lost,), "order failed", ["mine"])
+        same = make(circuit)
+        assert isinstance(same, CircuitOpenError)
+        assert (same.last_error, str(same)) == (lost, str(circuit))
+        same = make(route)
+        assert isinstance(same, NoRouteError)
+        assert (same.key, same.routes) == (Local, ["x"])
+
+
 # ---- a copy for one more raiser -----------------------------------------------------------------------------------
 
 
