@@ -28,6 +28,13 @@ DRAIN_BYTES = 64 * 2**20
 DRAIN_SECONDS = 5.0
 
 
+def post_worker_init(worker: Any) -> None:
+    """Let streams without an end of their own know when the worker has been told to stop: it waits for them."""
+    extensions = getattr(worker.wsgi, "extensions", None)
+    if extensions is not None:
+        extensions["stopping"] = lambda: not worker.alive
+
+
 def pre_request(_worker: Any, request: Any) -> None:
     """Give a sender that stalls in the middle of its body, or a reader of its answer, so long: they hold a thread."""
     request.unreader.sock.settimeout(STALL_SECONDS)

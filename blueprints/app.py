@@ -17,6 +17,7 @@ from blueprints.documents import views as documents
 from blueprints.documents.models import Document
 from blueprints.health import views as health
 from blueprints.health.checks import BUDGET, Check
+from blueprints.jobs import views as job_views
 from blueprints.settings import Settings, load_settings
 from jobs.documents import process_document
 from tta_sync import call_sync
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.extensions["database"] = database
     app.register_blueprint(documents.create_blueprint(tta, settings, database))
     app.register_blueprint(batches.create_blueprint(tta, settings, database, queue))
+    app.register_blueprint(job_views.create_blueprint(settings))
     app.register_blueprint(
         health.create_blueprint(
             [

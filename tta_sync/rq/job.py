@@ -13,19 +13,52 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import rq.job
 from rq.exceptions import ShutDownImminentException, StopRequested
 from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseTimeoutException
 
 from tta_sync.context import Deadline, WorkflowContext, context_providers
+from tta_sync.exceptions import DeadlineExceededError, JobCancelledError
 from tta_sync.facade import call_sync, register_interrupt, run_sync
 from tta_sync.primitives.core.base import WorkflowPrimitive
+from tta_sync.rq.control import end_as_stopped
+from tta_sync.rq.progress import Progress
+from tta_sync.rq.watch import WatchedJob, process, watched_job
 
 META = "tta_sync"  # our key in job.meta
 
 _running: ContextVar[tuple[str, WorkflowContext] | None] = ContextVar("tta_sync_job", default=None)
 """The id and the context of the job that runs here; always reset when the job ends."""
+
+
+current_job: ContextVar[Job | None] = ContextVar("tta_sync_rq_job", default=None)
+"""The job that runs in this thread or task."""
+
+
+class _JobStack:
+    """Stands in for RQ's stack of jobs, which is one per thread: a coroutine runs on another, and shares it.
+
+    So ``rq.get_current_job()`` is right in both.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+
+    @property
+    def top(self) -> Any:
+        return current_job.get() or self._stack.top
+
+    def push(self, job: Any) -> Any:
+        return self._stack.push(job)
+
+    def pop(self) -> Any:
+        return self._stack.pop()
+
+
+if not isinstance(rq.job._job_stack, _JobStack):
+    rq.job._job_stack = _JobStack(rq.job._job_stack)  # type: ignore[assignment]  # private: a test fails if it changes
 
 
 def _context_of_job() -> WorkflowContext | None:
@@ -58,18 +91,55 @@ def context_of(job: Job) -> WorkflowContext:
 
 
 @contextlib.contextmanager
-def running(job: Job) -> Iterator[WorkflowContext]:
-    """Bind the context of *job* for as long as it runs."""
-    bound = _running.get()
-    if bound is not None and bound[0] == job.id:  # WorkflowJob has bound it already
-        yield bound[1]
-        return
-    context = context_of(job)
-    token = _running.set((job.id, context))
+def bind(job: Job, context: WorkflowContext) -> Iterator[Progress]:
+    """Make *context* the current one, and its progress the job's, for as long as *job* runs in this thread or task.
+
+    Nothing is written: that is up to whoever runs the job, with what this yields.
+    """
+    context.reporter = progress = Progress(job.id, job.connection, job)
+    token, job_token = _running.set((job.id, context)), current_job.set(job)
     try:
-        yield context
+        yield progress
     finally:
+        current_job.reset(job_token)
         _running.reset(token)
+
+
+@contextlib.contextmanager
+def running(job: Job) -> Iterator[WorkflowContext]:
+    """Bind the context of *job* while it runs alone in this thread; write its progress, and let it be cancelled.
+
+    Raises:
+        JobCancelledError: it was cancelled by request, whatever it made of that; RQ will find that it is ``stopped``.
+    """
+    outer = watched_job.get()
+    if outer is not None and outer.job is job:  # WorkflowJob has bound it already
+        yield outer.context
+        return
+    watch, context = process.watch, context_of(job)
+    with bind(job, context) as progress:
+        watched = WatchedJob(job, context, progress)
+        token = watched_job.set(watched)
+        try:
+            watch.begin(watched)
+            try:
+                yield context
+            finally:
+                watch.end(watched)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            if not watched.struck:
+                raise
+            end_as_stopped(job)
+            # Its clean-up may have failed; that it was cut short is what cancelling is.
+            cause = error.__cause__ if isinstance(error, DeadlineExceededError) else error
+            raise JobCancelledError(job.id) from cause
+        finally:
+            watched_job.reset(token)
+        if watched.struck:  # it made a result of its cancellation, which comes too late
+            end_as_stopped(job)
+            raise JobCancelledError(job.id)
 
 
 def is_json(payload: bytes) -> bool:

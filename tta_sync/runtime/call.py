@@ -2,7 +2,7 @@
 
 Who owns what:
 
-* ``fn`` to ``context``: written by the caller before submission, then read only.
+* ``fn`` to ``context``: written by the caller before submission, then read only, but for :meth:`Call.expire_now`.
 * ``task``, ``began``, ``timer``: the loop thread only.
 * ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it.
 * ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
@@ -141,6 +141,18 @@ class Call:
         if not self.done and self.why is None:
             self.why = DEADLINE
             self.cancel()
+
+    def expire_now(self) -> bool:
+        """Bring the deadline forward to this moment; say whether there was anything left to end. Loop thread only.
+
+        What follows is what follows a deadline: the grace, then the orphan. ``deadline`` is the one field that is
+        written after submission; the caller reads whichever it finds.
+        """
+        if self.done or self.why is not None:
+            return False
+        self.deadline = time.monotonic()
+        self.expire()
+        return True
 
     def cancel(self) -> None:
         """Cancel what runs. Loop thread only."""

@@ -1,0 +1,1 @@
+"""Look at background jobs, follow them, cancel them."""
