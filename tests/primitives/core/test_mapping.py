@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,52 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert run(MapPrimitive(work), [3, 1, 2]) == [6, 2, 4]
     assert run(MapPrimitive(step(work)), (number for number in (2, 1))) == [4, 2]
     assert run(MapPrimitive(work), []) == []
+
+
+def test_items_may_come_from_an_asynchronous_iterable() -> None:
+    """An async generator is read to its end, and closed by whoever cancels; what it raises comes out."""
+    closed = False
+
+    async def pages(data: int) -> AsyncIterator[int]:
+        nonlocal closed
+        try:
+            for number in range(data):
+                await asyncio.sleep(0)
+                yield number
+            if data == 3:
+                raise LookupError("no more pages")
+            if data == 4:
+                await asyncio.sleep(3600)
+        finally:
+            closed = True
+
+    flow = step(pages) >> MapPrimitive(work, max_concurrency=2)
+    assert run(flow, 2) == [0, 2]
+    with pytest.raises(LookupError, match="no more pages"):
+        run(flow, 3)
+    closed = False
+
+    async def main() -> None:
+        task = asyncio.ensure_future(flow.execute(4, WorkflowContext()))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed
+
+    asyncio.run(main())
+
+
+def test_items_may_come_from_anything_that_can_be_iterated() -> None:
+    """A dict gives its keys; an old sequence with ``__getitem__`` alone gives its items."""
+
+    class Old:
+        def __getitem__(self, index: int) -> int:
+            return [1, 2][index]
+
+    assert run(MapPrimitive(work), {1: "a", 2: "b"}) == [2, 4]
+    assert run(MapPrimitive(work), Old()) == [2, 4]
 
 
 def test_limit_bounds_how_many_items_run_at_once() -> None:
@@ -112,8 +159,9 @@ def test_options_and_inputs_are_refused_when_they_make_no_sense() -> None:
         MapPrimitive(work, max_concurrency=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match='"raise" or "collect"'):
         MapPrimitive(work, on_error="skip")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="put it in a list"):
-        run(MapPrimitive(work), "text")
+    for single in "text", b"bytes", 5, None, work:
+        with pytest.raises(TypeError, match="put it in a list"):
+            run(MapPrimitive(work), single)
 
 
 def test_repr_shows_the_step_and_the_limit() -> None:

@@ -13,7 +13,8 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, overload
 
 from tta_sync import events
@@ -304,22 +305,22 @@ class WorkflowPrimitive(Generic[In, Out]):
         def __rshift__(self, other):
             from tta_sync.primitives.core.sequential import SequentialPrimitive
 
-            return SequentialPrimitive.join(self, other) if is_step(other) else NotImplemented
+            return SequentialPrimitive.join(self, other) if _joins(other) else NotImplemented
 
         def __rrshift__(self, other):
             from tta_sync.primitives.core.sequential import SequentialPrimitive
 
-            return SequentialPrimitive.join(other, self) if is_step(other) else NotImplemented
+            return SequentialPrimitive.join(other, self) if _joins(other) else NotImplemented
 
         def __or__(self, other):
             from tta_sync.primitives.core.parallel import ParallelPrimitive
 
-            return ParallelPrimitive.join(self, other) if is_step(other) else NotImplemented
+            return ParallelPrimitive.join(self, other) if _joins(other) else NotImplemented
 
         def __ror__(self, other):
             from tta_sync.primitives.core.parallel import ParallelPrimitive
 
-            return ParallelPrimitive.join(other, self) if is_step(other) else NotImplemented
+            return ParallelPrimitive.join(other, self) if _joins(other) else NotImplemented
 
     def __repr__(self) -> str:
         parts = ", ".join(filter(None, (*map(repr, children_of(self)), details_of(self))))
@@ -338,6 +339,32 @@ else:
 def is_step(candidate: object) -> bool:
     """Say whether *candidate* can stand in a workflow."""
     return isinstance(candidate, WorkflowPrimitive) or hasattr(candidate, "execute") or callable(candidate)
+
+
+def _joins(operand: object) -> bool:
+    """Say whether *operand* of an operator is a step; False leaves it to the operand's own class, and then to Python.
+
+    Raises:
+        TypeError: it is a mistake for which there is a better word than Python's.
+    """
+    if is_step(operand):
+        return True
+    if inspect.iscoroutine(operand):
+        name = operand.__qualname__
+        operand.close()  # else Python complains that nobody awaited it
+        raise TypeError(f"{name}(...) was called where a workflow is composed: write {name}, without the call")
+    return False
+
+
+def several(candidates: Any) -> Iterable[Any]:
+    """Return what a list of steps was given as, if it can be one.
+
+    Raises:
+        ConfigurationError: it is one step, or nothing of which there can be several.
+    """
+    if isinstance(candidates, Iterable) and not isinstance(candidates, (str, bytes)):
+        return candidates
+    raise ConfigurationError(f"{candidates!r} is no list of steps: write [step, ...], also for a single one")
 
 
 def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
@@ -366,6 +393,14 @@ def step_name(candidate: object) -> str:
         candidate = candidate.func
     name = getattr(candidate, "name", None) or getattr(candidate, "__qualname__", None)
     return name if isinstance(name, str) else type(candidate).__qualname__
+
+
+def shown(thing: object) -> str:
+    """Return the repr of *thing*, bounded; one that is broken must not hide the error that it is needed for."""
+    try:
+        return repr(thing)[:200]
+    except Exception:
+        return type(thing).__name__
 
 
 def display_name(candidate: object) -> str:
@@ -413,6 +448,12 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
     except (TypeError, ValueError):  # some builtins have no signature
         return function, False
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 1 and positional[0].name == "self" and isinstance(function, types.FunctionType):
+        raise ConfigurationError(
+            f"{step_name(function)}{signature} is a method without its object, which would be called with the data in "
+            f"its place: make a step of the bound method, step(the_object.{function.__name__}), or subclass "
+            "WorkflowPrimitive"
+        )
     # A second parameter with a default is the context only if it is called so: round(x, ndigits=None) is not.
     two = not isinstance(function, type) and (
         sum(p.default is p.empty for p in positional) == 2

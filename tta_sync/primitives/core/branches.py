@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tta_sync.context import WorkflowContext
-from tta_sync.primitives.core.base import note
+from tta_sync.primitives.core.base import note, shown
 
 Run = Callable[[Any, WorkflowContext], Any]
 Call = tuple[str, Run, Any, WorkflowContext]
@@ -101,7 +101,7 @@ class _Branches:
             note(first, f"in {label(index)}")
             for index, error in errors[1:]:
                 if error is not first:
-                    note(first, f"{label(index)} failed as well: {repr(error)[:200]}")
+                    note(first, f"{label(index)} failed as well: {shown(error)}")
         return first
 
 

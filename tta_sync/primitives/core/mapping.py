@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, Iterable
 from typing import Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, told
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, shown, step_name, told
 from tta_sync.primitives.core.branches import run_windowed
 from tta_sync.primitives.core.parallel import OnError, check_concurrency, check_on_error
 
 
-class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
+class MapPrimitive(WorkflowPrimitive[Iterable[In] | AsyncIterable[In], list[Out]]):
     """Run one step for every item of the input, some at a time; return the results as a list, in the items' order.
+
+    The input is any iterable, or an asynchronous one, which is read to its end first.
 
     Each item gets a child context. The first failure cancels the items in flight, waits until they have ended, starts
     no more, and comes out as itself. With ``on_error="collect"`` all items run, and an error stands in the list in the
@@ -44,10 +46,18 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
     def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
         return (self.step,)
 
-    async def _run(self, data: Iterable[In], context: WorkflowContext) -> list[Out]:
-        if isinstance(data, (str, bytes)):
-            raise TypeError(f"{self!r} needs a collection of items, not {type(data).__name__}: put it in a list")
-        items = list(data)
+    async def _run(self, data: Iterable[In] | AsyncIterable[In], context: WorkflowContext) -> list[Out]:
+        if isinstance(data, AsyncIterable) and not isinstance(data, Iterable):
+            items = [item async for item in data]
+        else:
+            try:
+                if isinstance(data, (str, bytes)):
+                    raise TypeError
+                iterator = iter(data)
+            except TypeError:
+                kind = type(data).__name__
+                raise TypeError(f"{self!r} needs a collection of items, not {kind}: put it in a list") from None
+            items = list(iterator)
         total = len(items)
         name, run = step_name(self.step), told(self.step) if events.bus.emit is not None else self.step._run
 
@@ -65,7 +75,7 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In], list[Out]]):
                 )
 
         def label(index: int) -> str:
-            return f"item {index + 1} of {total}: {self.step!r}"
+            return f"item {index + 1} of {total}: {shown(self.step)}"
 
         calls: Any = ((name, run, item, context.create_child_context()) for item in items)
         return await run_windowed(calls, total, self.max_concurrency, label, self._collect, progress)

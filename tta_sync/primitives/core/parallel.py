@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from tta_sync.context import WorkflowContext
 from tta_sync.events import bus
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Next, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, told
+from tta_sync.primitives.core.base import (
+    In,
+    Next,
+    Out,
+    StepLike,
+    WorkflowPrimitive,
+    as_primitive,
+    several,
+    shown,
+    step_name,
+    told,
+)
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
+from tta_sync.primitives.core.options import is_count
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.base import Foreign
@@ -28,8 +40,8 @@ def check_on_error(on_error: str) -> bool:
 
 
 def check_concurrency(max_concurrency: int | None) -> None:
-    if max_concurrency is not None and max_concurrency < 1:
-        raise ConfigurationError(f"max_concurrency must be at least 1, not {max_concurrency}")
+    if max_concurrency is not None and not is_count(max_concurrency, 1):
+        raise ConfigurationError(f"max_concurrency must be a whole number, at least 1, not {max_concurrency!r}")
 
 
 class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
@@ -60,7 +72,7 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         max_concurrency: int | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        self.branches: tuple[WorkflowPrimitive[Any, Any], ...] = tuple(map(as_primitive, primitives))
+        self.branches: tuple[WorkflowPrimitive[Any, Any], ...] = tuple(map(as_primitive, several(primitives)))
         if not self.branches:
             raise ConfigurationError("a parallel needs at least one branch")
         self._collect = check_on_error(on_error)
@@ -121,7 +133,7 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         return await run_windowed(iter(calls), len(calls), self.max_concurrency, self._label, self._collect)
 
     def _label(self, index: int) -> str:
-        return f"branch {index + 1} of {len(self.branches)}: {self.branches[index]!r}"
+        return f"branch {index + 1} of {len(self.branches)}: {shown(self.branches[index])}"
 
     def details(self) -> str:
         limit = "" if self.max_concurrency is None else f"max_concurrency={self.max_concurrency}"

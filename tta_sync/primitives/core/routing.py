@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
 
 
+def _check_mapping(option: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"{option} is a mapping from keys to steps, not {given!r}: write {{key: step}}")
+
+
 class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     """Run the case that the selector names; without a match, the default; without that, pass the input through.
 
@@ -36,6 +41,7 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         cases: Mapping[Any, StepLike[In, Out]],
         default: StepLike[In, Out] | None = None,
     ) -> None:
+        _check_mapping("cases", cases)
         self.selector = selector
         self._select = as_primitive(selector)._run
         self.cases: dict[Any, WorkflowPrimitive[In, Out]] = {key: as_primitive(case) for key, case in cases.items()}
@@ -94,6 +100,7 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     def __init__(
         self, routes: Mapping[Any, StepLike[In, Out]], router_fn: Callable[..., Any], default: Any = None
     ) -> None:
+        _check_mapping("routes", routes)
         if not routes:
             raise ConfigurationError("a router needs at least one route")
         if default is not None and default not in routes:

@@ -27,6 +27,8 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
     peek_value,
+    several,
+    shown,
     told,
 )
 from tta_sync.primitives.core.composition import is_unbound
@@ -92,7 +94,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
 
     def __init__(self, primitives: Sequence[StepLike[Any, Any]]) -> None:
         # What the list nests, it means to nest: only `>>` lets a chain with caches grow.
-        self._set(tuple(part for given in primitives for part in _parts(given, sealed=True)))
+        self._set(tuple(part for given in several(primitives) for part in _parts(given, sealed=True)))
 
     def _set(self, steps: tuple[Step, ...]) -> None:
         if not steps:
@@ -137,7 +139,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
                 position += 1
         except Exception as error:
             if self._named:
-                note(error, f"in step {position + 1} of {len(self._named)}: {self._named[position]!r}")
+                note(error, f"in step {position + 1} of {len(self._named)}: {shown(self._named[position])}")
             raise
         return data
 
