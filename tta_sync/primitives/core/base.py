@@ -21,6 +21,7 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext, current_caller, current_context, current_pool, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.composition import children_of, details_of
+from tta_sync.primitives.core.threads import Errand
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -548,12 +549,18 @@ class ThreadPrimitive(CallerPrimitive[In, Out]):
     _kind = "thread_step"
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
+        # The queue has been told of a cancellation by the time that it arrives here: what has not begun never will.
+        errand = Errand(step_name(self), self._call, getattr(self.func, "__code__", None))
         pool = current_pool.get()
-        if pool is not None:
-            result: Out = await pool.run(self._call, data, context)
-            return result
-        run = contextvars.copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(None, run, self._call, data, context)
+        try:
+            if pool is not None:
+                result: Out = await pool.run(errand, data, context)
+                return result
+            run = contextvars.copy_context().run
+            return await asyncio.get_running_loop().run_in_executor(None, run, errand, data, context)
+        except asyncio.CancelledError:
+            errand.abandon()
+            raise
 
 
 def _decorator(kind: type[LambdaPrimitive[Any, Any]], may_be_async: bool) -> Callable[..., Any]:

@@ -1,0 +1,69 @@
+"""Work that was handed to a thread, and what becomes of it when nobody waits for it any more.
+
+A thread cannot be interrupted. When a timeout or a cancellation ends the wait for it, its function runs on: it is then
+*abandoned*, which is counted and logged. There are never more abandoned threads than the pool has, as each of them
+keeps its place in the pool until it ends; steps that come later wait for a place, and are cut like any other where that
+takes longer than they may.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tta_sync import events
+from tta_sync.context import current_caller
+
+abandoned: set[Errand] = set()
+"""Functions that still run on threads, though nobody waits for them. Added to on loops, taken from on the threads."""
+
+
+class Errand:
+    """One function on its way to a thread and back; call it there."""
+
+    __slots__ = ("_began", "_ended", "_function", "_name", "_thread", "_user_code")
+
+    def __init__(self, name: str, function: Callable[..., Any], user_code: Any) -> None:
+        self._name = name
+        self._function = function
+        self._user_code = user_code  # code object of the user's own function, where there is one
+        self._thread = 0
+        self._began = 0.0
+        self._ended = False
+
+    def __call__(self, *args: Any) -> Any:
+        self._began = time.monotonic()
+        self._thread = threading.get_ident()
+        try:
+            return self._function(*args)
+        finally:
+            self._ended = True
+            abandoned.discard(self)
+
+    def abandon(self) -> None:
+        """Take note that nobody waits any more. Loop thread only, after the queue was told."""
+        if not self._thread:
+            return  # it never begins
+        abandoned.add(self)
+        if self._ended:  # asked after: it may end at any moment, and takes itself out then
+            abandoned.discard(self)
+            return
+        count = getattr(current_caller.get(), "step_left_behind", None)
+        if count is not None:
+            count()
+        reason = "its thread cannot be interrupted"
+        events.logger.warning("%s runs on as an orphan: %s; it stands at %s", self._name, reason, self._where())
+        if events.bus.emit is not None:
+            events.bus.emit(events.CallOrphaned(step=self._name, reason=reason, age=time.monotonic() - self._began))
+
+    def _where(self) -> str:
+        """Return ``file:line`` of the user's function on the thread."""
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None:
+            if frame.f_code is self._user_code:
+                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            frame = frame.f_back
+        return "an unknown place"
