@@ -124,6 +124,28 @@ def test_winner_keeps_its_state_and_the_loser_leaves_none() -> None:
     asyncio.run(main())
 
 
+def test_only_the_winner_marks_the_call_degraded() -> None:
+    """What a loser had to make do with on its way is nobody's answer."""
+
+    async def main(loser: bool, winner: bool) -> bool:
+        async def attempt(data: Any, context: WorkflowContext) -> str:
+            first = context.clock.monotonic() == 0.0
+            if loser if first else winner:
+                context.mark_degraded()
+            assert context.correlation_id == "call"
+            await context.clock.sleep(60.0 if first else 0.5)
+            return "answer"
+
+        parent = WorkflowContext(clock=FakeClock(), correlation_id="call")
+        context = parent.create_child_context()
+        await hedge(attempt).execute("x", context)
+        assert parent.degraded == context.degraded
+        return context.degraded
+
+    assert not asyncio.run(main(loser=True, winner=False))
+    assert asyncio.run(main(loser=False, winner=True))
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
 def test_interrupt_in_an_attempt_comes_out_at_once(interrupt: type[BaseException]) -> None:
     """An exit of the interpreter waits for nobody, and cancels the other attempt."""

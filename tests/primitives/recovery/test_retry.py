@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -992,3 +993,25 @@ def test_budget_lock_is_free_in_a_forked_child() -> None:
         os._exit(0)
     budget._lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_error_of_a_predicate_tells_of_the_error_it_was_asked_about() -> None:
+    """What a user's own predicate, stop or wait raises comes out, and the step's error is its context."""
+
+    def broken(state: Any) -> bool:
+        raise LookupError("the predicate's own")
+
+    for options in ({"retry": broken}, {"stop": broken}, {"wait": broken}):
+        with pytest.raises(LookupError, match="the predicate's own") as caught:
+            asyncio.run(RetryPrimitive(Flaky(OSError("the step's")), **options).execute(1))
+        assert str(caught.value.__context__) == "the step's"
+
+
+def test_no_warning_when_the_fallback_answers_for_some_errors_only() -> None:
+    """What ``fallback_on`` does not match passes through the fallback, and the retry has its work."""
+    partly = FallbackPrimitive(failing(), failing(), fallback_on=(ValueError, KeyError))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RetryPrimitive(partly)
+    with pytest.warns(CompositionWarning, match="put the retry inside"):
+        RetryPrimitive(FallbackPrimitive(failing(), failing(), fallback_on=(ValueError, Exception)))

@@ -32,7 +32,8 @@ from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepT
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step, thread_step
 from tta_sync.primitives.core.composition import CompositionWarning
 from tta_sync.primitives.core.parallel import ParallelPrimitive
-from tta_sync.primitives.recovery import FallbackPrimitive, TimeoutPrimitive, timeout as module
+from tta_sync.primitives.performance import CachePrimitive
+from tta_sync.primitives.recovery import FallbackPrimitive, SagaPrimitive, TimeoutPrimitive, timeout as module
 from tta_sync.testing import FakeClock
 
 
@@ -968,6 +969,18 @@ def test_warning_when_the_inner_limit_is_the_longer_one() -> None:
         TimeoutPrimitive(FallbackPrimitive(TimeoutPrimitive(HANG, 2.0) >> HANG, HANG), 1.0)
     TimeoutPrimitive(TimeoutPrimitive(HANG, 1.0), 2.0)
     TimeoutPrimitive(HANG, 1.0, fallback=TimeoutPrimitive(HANG, 5.0))  # the fallback has time of its own
+
+
+def test_no_warning_where_the_inner_limit_may_fire_though_it_is_longer() -> None:
+    """What undoes a saga is not cut with it, and what a cache computes may have others who wait for it, and longer."""
+    TimeoutPrimitive(SagaPrimitive([(HANG, TimeoutPrimitive(HANG, 20.0))]), 5.0)
+    cached = CachePrimitive(TimeoutPrimitive(HANG, 30.0), ttl=60, soft_ttl=10, namespace="slow")
+    TimeoutPrimitive(cached, 5.0)
+    TimeoutPrimitive(CachePrimitive(ttl=60) >> TimeoutPrimitive(HANG, 30.0) >> HANG, 5.0)
+    with pytest.warns(CompositionWarning, match="make the inner limit the shorter one"):
+        TimeoutPrimitive(SagaPrimitive([(TimeoutPrimitive(HANG, 20.0), None)]), 5.0)
+    with pytest.warns(CompositionWarning, match="make the inner limit the shorter one"):
+        SagaPrimitive([(HANG, TimeoutPrimitive(HANG, 60.0))], compensation_timeout=30.0)
 
 
 def test_repr_shows_step_and_limit() -> None:

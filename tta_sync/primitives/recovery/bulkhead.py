@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from typing import Any
@@ -12,6 +11,7 @@ from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import BulkheadFullError, ConfigurationError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, call_next
 from tta_sync.primitives.recovery.naming import call_name
@@ -52,11 +52,9 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
         name: str | None = None,
     ) -> None:
         for option, count, least in (("max_concurrent", max_concurrent, 1), ("max_queue", max_queue, 0)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            if not is_count(count, least):
                 raise ConfigurationError(f"{option} is a number of calls, {least} or more, not {count!r}")
-        if max_wait is not None and (
-            not isinstance(max_wait, (int, float)) or isinstance(max_wait, bool) or not 0 < max_wait < math.inf
-        ):
+        if max_wait is not None and not (is_number(max_wait) and max_wait > 0):
             raise ConfigurationError(
                 f"max_wait is a positive number of seconds, not {max_wait!r}: to refuse at once, write max_queue=0"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
 
@@ -53,10 +53,10 @@ class ChaosPrimitive(WorkflowPrimitive[In, Out]):
         after: bool = False,
         name: str | None = None,
     ) -> None:
-        if not _number(failure_ratio) or not 0 <= failure_ratio <= 1:
+        if not is_number(failure_ratio) or not 0 <= failure_ratio <= 1:
             raise ConfigurationError(f"failure_ratio is a share from 0 to 1, not {failure_ratio!r}")
         waits = latency if isinstance(latency, tuple) else (latency, latency)
-        if len(waits) != 2 or not all(map(_number, waits)) or not 0 <= waits[0] <= waits[1] < math.inf:
+        if len(waits) != 2 or not all(map(is_number, waits)) or not 0 <= waits[0] <= waits[1]:
             raise ConfigurationError(f"latency is a number of seconds, or a pair (least, most), not {latency!r}")
         if error is not None and not isinstance(error, BaseException) and not callable(error):
             raise ConfigurationError(f"error is an exception, its type, or a function that makes one, not {error!r}")
@@ -101,7 +101,3 @@ class ChaosPrimitive(WorkflowPrimitive[In, Out]):
         if error is None:
             return ChaosError(f"made up by ChaosPrimitive instead of calling {call_name(self.primitive)}")
         return error if isinstance(error, BaseException) else error()
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

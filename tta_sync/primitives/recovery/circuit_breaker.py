@@ -16,9 +16,10 @@ from tta_sync.context import WorkflowContext, cancel_reason, time_limit
 from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError, CircuitOpenError, ConfigurationError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import ErrorTypes, is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
-from tta_sync.primitives.recovery.retry import LONGEST_WAIT, REJECTIONS, ErrorTypes, retry_after_of
+from tta_sync.primitives.recovery.retry import LONGEST_WAIT, REJECTIONS, retry_after_of
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -31,6 +32,9 @@ class CircuitState(StrEnum):
     OPEN = "open"
     HALF_OPEN = "half_open"
 
+
+MAX_WINDOW = 1_000_000
+"""Calls that a window may look back on: each costs eight bytes."""
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 
@@ -77,7 +81,7 @@ class CircuitBreakerConfig:
     def __post_init__(self) -> None:
         for option in ("failure_threshold", "success_threshold", "minimum_calls", "half_open_permits"):
             count = getattr(self, option)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            if not is_count(count, 1):
                 raise ConfigurationError(f"{option} is a number of calls, 1 or more, not {count!r}")
         for option in (
             "recovery_timeout",
@@ -95,9 +99,13 @@ class CircuitBreakerConfig:
                 raise ConfigurationError(f"{option} is a share above 0 and up to 1, not {ratio!r}")
         if self.break_duration > self.max_break_duration:
             raise ConfigurationError("break_duration is longer than max_break_duration")
-        if not (self.window in (None, "count", "time") or _is_positive(self.window)):
+        window = self.window
+        if not (window is None or window in ("count", "time") or _is_positive(window)) or (
+            isinstance(window, int) and window > MAX_WINDOW
+        ):
             raise ConfigurationError(
-                f"window is a number of calls (100), of seconds (30.0), 'count' or 'time', not {self.window!r}"
+                f"window is a number of calls (100; at most {MAX_WINDOW:,}), of seconds (30.0), 'count' or 'time', "
+                f"not {window!r}"
             )
         kinds = self.expected_exception if isinstance(self.expected_exception, tuple) else (self.expected_exception,)
         if not kinds or not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
@@ -105,7 +113,15 @@ class CircuitBreakerConfig:
 
 
 def _is_positive(number: object) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+    return is_number(number) and number > 0
+
+
+def _check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, CircuitBreakerConfig):
+        raise ConfigurationError(
+            f"config is a CircuitBreakerConfig, not {config!r}: "
+            "write CircuitBreakerConfig(failure_threshold=3), or failure_threshold=3 as a keyword of its own"
+        )
 
 
 class Options(TypedDict, total=False):
@@ -301,6 +317,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         **options: Unpack[Options],
     ) -> None:
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
+        _check_config(config)
         try:
             self.config = replace(config or CircuitBreakerConfig(), **options)
         except TypeError as error:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext, time_limit
 from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, shown
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.recovery.naming import call_name
 from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
 
@@ -48,7 +48,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
     def __init__(
         self, steps: Iterable[tuple[Any, Any]], *, compensation_timeout: float = 30.0, name: str | None = None
     ) -> None:
-        if not 0 < compensation_timeout < math.inf:
+        if not (is_number(compensation_timeout) and compensation_timeout > 0):
             raise ConfigurationError(f"compensation_timeout is a positive number of seconds: {compensation_timeout!r}")
         self.steps: tuple[tuple[Step, Step | None], ...] = _pairs(steps)
         self.compensation_timeout = compensation_timeout
@@ -99,7 +99,9 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
         try:
             if isinstance(failure, Exception):
                 position = len(inputs) - 1
-                note(failure, f"in step {position + 1} of {len(self.steps)} of a saga: {self.steps[position][0]!r}")
+                note(
+                    failure, f"in step {position + 1} of {len(self.steps)} of a saga: {shown(self.steps[position][0])}"
+                )
             undoing = asyncio.get_running_loop().create_task(
                 self._compensate(inputs, context, errors, interrupts), name=f"compensations of {call_name(self)}"
             )
@@ -154,7 +156,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
     def _failed(self, position: int, error: Exception, context: WorkflowContext) -> None:
         compensation = self.steps[position][1]
         assert compensation is not None  # it has just failed
-        note(error, f"in the compensation of step {position + 1} of {len(self.steps)}: {compensation!r}")
+        note(error, f"in the compensation of step {position + 1} of {len(self.steps)}: {shown(compensation)}")
         if events.bus.emit is not None:
             events.bus.emit(
                 events.CompensationFailed(

@@ -16,8 +16,10 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
     peek_value,
+    shown,
 )
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import error_types
 from tta_sync.primitives.recovery.naming import call_name
 
 
@@ -60,6 +62,7 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
         self.primary: WorkflowPrimitive[In, Out] = as_primitive(primary)
         self.fallbacks: tuple[WorkflowPrimitive[In, Out], ...] = tuple(map(as_primitive, steps))
         self.fallback_on = fallback_on
+        self.answers_all = any(kind in (Exception, BaseException) for kind in error_types("fallback_on", fallback_on))
         if name is not None:
             self.name = name
         self._inner = self.primary._run
@@ -92,7 +95,7 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
             for position, step in enumerate(self.fallbacks, 1):
                 end = cut_off(context)
                 if end is not None and end <= context.clock.monotonic():
-                    note(first, f"no time was left for {step!r}")
+                    note(first, f"no time was left for {shown(step)}")
                     break
                 if events.bus.emit is not None:
                     events.bus.emit(
@@ -108,8 +111,8 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
                     answer = await step._run(data, context)
                 except Exception as next_error:
                     if next_error is not first:
-                        text = repr(next_error)[:200]
-                        note(first, f"fallback {position} of {len(self.fallbacks)}, {step!r}, failed as well: {text}")
+                        which = f"fallback {position} of {len(self.fallbacks)}, {shown(step)}"
+                        note(first, f"{which}, failed as well: {shown(next_error)}")
                     failed, error = step, next_error
                 else:
                     context.mark_degraded()

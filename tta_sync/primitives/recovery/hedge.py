@@ -11,11 +11,12 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note, shown
 from tta_sync.primitives.core.composition import check_composition, children_of
+from tta_sync.primitives.core.options import is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
-from tta_sync.primitives.recovery.retry import RetryBudget
+from tta_sync.primitives.recovery.retry import RetryBudget, check_budget
 from tta_sync.primitives.recovery.timeout import GRACE, leave_behind
 
 OBSERVED = 100
@@ -72,11 +73,9 @@ class HedgePrimitive(WorkflowPrimitive[In, Out]):
         budget: RetryBudget | None = None,
         name: str | None = None,
     ) -> None:
-        if delay is not None and (
-            not isinstance(delay, (int, float)) or isinstance(delay, bool) or not 0 <= delay < math.inf
-        ):
+        if delay is not None and not (is_number(delay) and delay >= 0):
             raise ConfigurationError(f"delay is a number of seconds, or None for the observed 95 %, not {delay!r}")
-        if not isinstance(max_hedges, int) or isinstance(max_hedges, bool) or max_hedges < 1:
+        if not is_count(max_hedges, 1):
             raise ConfigurationError(f"max_hedges is a number of attempts, 1 or more, not {max_hedges!r}")
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
         if not (declared_idempotent(self.primitive) if idempotent is None else idempotent):
@@ -84,6 +83,7 @@ class HedgePrimitive(WorkflowPrimitive[In, Out]):
                 f"a hedge runs {self.primitive!r} twice, which must be declared harmless: "
                 "write @step(idempotent=True), or HedgePrimitive(step, idempotent=True)"
             )
+        check_budget(budget)
         self.idempotent = True
         self.delay = delay
         self.max_hedges = max_hedges
@@ -177,7 +177,10 @@ class _Race:
     def _start(self) -> None:
         name = f"attempt {len(self._tasks) + 1} of {call_name(self._hedge.primitive)}"
         self._running += 1
-        attempt = self._attempt(self._context.create_child_context())
+        own = self._context.create_child_context()
+        own.correlation_id = self._context.correlation_id
+        own._parent = None  # what a loser has to make do with does not mark the call
+        attempt = self._attempt(own)
         self._tasks.append(self._loop.create_task(attempt, name=name))
 
     async def _attempt(self, context: WorkflowContext) -> None:
@@ -233,12 +236,14 @@ class _Race:
             for kept, copy in ((context.state, won.state), (context.metadata, won.metadata), (context.tags, won.tags)):
                 kept.update(copy)
             context.checkpoints.extend(won.checkpoints)
+            if won.degraded:
+                context.mark_degraded()
             return result
         errors, self._errors = self._errors, []  # else each error's frames would lead back to it
         first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
         try:
             if isinstance(first, Exception):
-                others = [repr(error)[:200] for error in errors if error is not first]
+                others = [shown(error) for error in errors if error is not first]
                 for text in others:
                     note(first, f"another attempt of the hedge failed as well: {text}")
             raise first

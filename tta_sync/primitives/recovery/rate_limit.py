@@ -15,6 +15,7 @@ from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, takes_context
 from tta_sync.primitives.core.composition import check_composition
+from tta_sync.primitives.core.options import is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, lead
 from tta_sync.primitives.recovery.naming import call_name
@@ -98,10 +99,10 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         workers: int = 1,
         name: str | None = None,
     ) -> None:
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
+        if not (is_number(rate) and rate > 0):
             raise ConfigurationError(f"rate is a positive number of calls per second, not {rate!r}")
         for option, count in (("burst", burst), ("workers", workers)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            if not is_count(count, 1) or not is_number(count):
                 raise ConfigurationError(f"{option} is a whole number, 1 or more, not {count!r}")
         if mode not in ("reject", "wait"):
             raise ConfigurationError(f'mode is "reject" or "wait", not {mode!r}')

@@ -33,9 +33,11 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     note,
     peek_value,
+    shown,
     step_name,
 )
 from tta_sync.primitives.core.composition import check_composition, children_of
+from tta_sync.primitives.core.options import ErrorTypes, error_types, is_count, is_number
 from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
@@ -67,8 +69,6 @@ GIVE_UP = (
     SagaError,
 )
 """Mistakes in the program, which no second attempt mends; a call whose time is up; a saga that could not be undone."""
-
-ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
 
 
 # ---- how long to wait: functions of the attempt's number, counted from 0 --------------------------------------------
@@ -112,8 +112,9 @@ class RetryStrategy:
 
     def __post_init__(self) -> None:
         check_max_retries(self.max_retries)
-        if not self.backoff_base > 0 or not self.max_backoff >= 0:
-            raise ConfigurationError(f"backoff_base must be > 0 and max_backoff >= 0 seconds: {self}")
+        sound = is_number(self.backoff_base) and is_number(self.max_backoff)
+        if not sound or self.backoff_base <= 0 or self.max_backoff < 0:
+            raise ConfigurationError(f"backoff_base must be a number > 0 and max_backoff one >= 0, in seconds: {self}")
 
     def calculate_delay(self, attempt: int, chance: random.Random | None = None) -> float:
         """Return the seconds to wait before retry *attempt*, counted from 0."""
@@ -129,11 +130,25 @@ _chance = random.Random()  # noqa: S311  # spreads load, guards nothing
 
 def check_max_retries(max_retries: int) -> None:
     """Refuse what is no number of retries."""
-    if not isinstance(max_retries, int) or isinstance(max_retries, bool) or max_retries < 0:
+    if not is_count(max_retries, 0):
         raise ConfigurationError(
             f"max_retries is a number of attempts after the first, 0 or more, not {max_retries!r}; "
             "for no limit but the deadline give stop=tenacity.stop_never"
         )
+
+
+def _check_strategy(strategy: Any) -> None:
+    if strategy is not None and not isinstance(strategy, RetryStrategy):
+        instead = "max_retries" if isinstance(strategy, int) else "backoff_strategy"
+        raise ConfigurationError(
+            f"the second argument, strategy, is a RetryStrategy, not {strategy!r}: write {instead}={strategy!r}"
+        )
+
+
+def check_budget(budget: Any) -> None:
+    """Refuse what is no budget."""
+    if budget is not None and not isinstance(budget, RetryBudget):
+        raise ConfigurationError(f"budget is a RetryBudget, not {budget!r}: write budget=RetryBudget(max=10)")
 
 
 def retry_after_of(error: BaseException, wall_clock: Callable[[], float]) -> float:
@@ -189,8 +204,8 @@ class RetryBudget:
     """
 
     def __init__(self, max: float = 10.0, per_success: float = 0.1) -> None:  # noqa: A002  # gRPC's word is max_tokens
-        if not 0 < max < math.inf or not 0 <= per_success < math.inf:
-            raise ConfigurationError(f"a budget needs max > 0 and per_success >= 0: max={max}, {per_success=}")
+        if not (is_number(max) and max > 0 and is_number(per_success) and per_success >= 0):
+            raise ConfigurationError(f"a budget needs max > 0 and per_success >= 0: {max=}, {per_success=}")
         self.max = float(max)
         self.per_success = float(per_success)
         self._tokens = self.max  # guarded by _lock
@@ -330,8 +345,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         name: str | None = None,
         chance: random.Random | None = None,
     ) -> None:
-        if isinstance(strategy, int):
-            raise ConfigurationError(f"write max_retries={strategy}: the second argument is a RetryStrategy")
+        _check_strategy(strategy)
         if strategy is not None and (max_retries is not None or backoff_strategy is not None):
             raise ConfigurationError("give a RetryStrategy, or max_retries and backoff_strategy, not both")
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
@@ -349,7 +363,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
             )
         elif backoff_strategy is None or isinstance(backoff_strategy, str):
             try:
-                self._backoff = BACKOFFS[backoff_strategy or "exponential"]
+                self._backoff = BACKOFFS["exponential" if backoff_strategy is None else backoff_strategy]
             except KeyError:
                 raise ConfigurationError(
                     f"no back-off is called {backoff_strategy!r}: choose one of {', '.join(BACKOFFS)}, "
@@ -362,11 +376,12 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         for option, value in (("stop", stop), ("wait", wait), ("retry", retry), ("retry_on_result", retry_on_result)):
             if value is not None and not callable(value):
                 raise ConfigurationError(f"{option} is a tenacity object or a function, not {value!r}")
+        check_budget(budget)
         self._stop, self._wait, self._retry = stop, wait, retry
         self._on_result = retry_on_result
-        self._retry_on = _types("retry_on", retry_on) if retry_on is not None else None
-        self._give_up_on = _types("give_up_on", give_up_on)
-        self._not_sent = (*REJECTIONS, ConnectionRefusedError, *_types("not_sent", not_sent))
+        self._retry_on = error_types("retry_on", retry_on) if retry_on is not None else None
+        self._give_up_on = error_types("give_up_on", give_up_on)
+        self._not_sent = (*REJECTIONS, ConnectionRefusedError, *error_types("not_sent", not_sent))
         self._replayable = replayable(self.primitive)
         self._budget = budget
         self._judges_results = retry_on_result is not None or (retry is not None and _asks_results(retry))
@@ -383,7 +398,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
         kind = type(inner).strategy
-        if direct and kind == "fallback":
+        if direct and kind == "fallback" and getattr(inner, "answers_all", True):
             return (
                 f"the retry around {inner!r} never sees the primary's errors, as the fallback answers first: "
                 "put the retry inside, FallbackPrimitive(RetryPrimitive(primary), fallback)"
@@ -438,7 +453,12 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                 elif self._stop is not None or self._wait is not None or self._retry is not None:
                     state = self._observe(state, data, context, start, error, None)
 
-                verdict = await self._judge(error, refused, attempt, state, context)
+                try:
+                    verdict = await self._judge(error, refused, attempt, state, context)
+                except Exception as broken:  # a predicate, stop or wait of the user's: its error comes out
+                    if broken is not error and broken.__context__ is None:
+                        broken.__context__ = error  # and the one that it was asked about is told with it
+                    raise
                 if verdict.reason:
                     self._give_up(error, attempt, history, verdict.reason, context)
                     raise error
@@ -452,7 +472,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                             error=error,
                         )
                     )
-                history.append(f"{attempt}: {_told(error)}")
+                history.append(f"{attempt}: {shown(error)}")
                 error = None
                 if state is not None:
                     state.idle_for += verdict.delay
@@ -556,22 +576,6 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
 
 async def _value_of(answer: Any) -> Any:
     return await answer if inspect.isawaitable(answer) else answer
-
-
-def _types(option: str, given: ErrorTypes) -> tuple[type[BaseException], ...]:
-    """Return *given* as a tuple of exception types, which `isinstance` will take without complaint later."""
-    kinds = given if isinstance(given, tuple) else (given,)
-    for kind in kinds:
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise ConfigurationError(f"{option} takes an exception type or a tuple of them, not {given!r}")
-    return kinds
-
-
-def _told(error: BaseException) -> str:
-    try:
-        return repr(error)[:200]
-    except Exception:  # a broken __repr__ must not hide the error itself
-        return type(error).__name__
 
 
 def _refusal(result: Any, attempt: int) -> Exception:

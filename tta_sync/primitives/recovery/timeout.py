@@ -20,7 +20,8 @@ from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
 from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, limit_in_force, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
-from tta_sync.primitives.core.composition import check_composition, inside
+from tta_sync.primitives.core.composition import check_composition, children_of, inside, is_unbound
+from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.recovery.naming import call_name
 
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
@@ -68,27 +69,24 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         *,
         name: str | None = None,
     ) -> None:
-        if (
-            not isinstance(timeout_seconds, (int, float))
-            or isinstance(timeout_seconds, bool)
-            or not 0 < timeout_seconds < math.inf
-        ):
+        if not (is_number(timeout_seconds) and timeout_seconds > 0):
             raise ConfigurationError(
                 f"a timeout needs a positive number of seconds, not {timeout_seconds!r}: "
                 "write TimeoutPrimitive(step, timeout_seconds=30.0), or leave the timeout out"
             )
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
         self.timeout_seconds = float(timeout_seconds)
-        limited = (self.primitive, *dict(inside(self.primitive)))
+        inner = (self.primitive, *dict(inside(self.primitive)))
         self.fallback: WorkflowPrimitive[In, Out] | None = None if fallback is None else as_primitive(fallback)
         self.track_timeouts = track_timeouts
         if name is not None:
             self.name = name
         # What is driven by hand must be a coroutine; a subclass's `execute` may return any awaitable.
         run = self.primitive._run
-        self._inner: Run = run if inspect.iscoroutinefunction(run) else _awaiting(run)
-        self._in_thread = any(part.runs_on == "pool" for part in limited)
-        self._limited = frozenset(map(id, limited))  # what runs under the limit: all but the fallback
+        coroutines = inspect.iscoroutinefunction(run) or getattr(run, "makes_coroutines", False)
+        self._inner: Run = run if coroutines else _awaiting(run)
+        self._in_thread = any(part.runs_on == "pool" for part in inner)
+        self._limited = frozenset(map(id, _cut_with(self.primitive)))
         self.peek_raises = getattr(self.primitive, "peek_raises", False)
         check_composition(self)
 
@@ -242,6 +240,26 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
     def peek(self, data: In, context: WorkflowContext) -> Out | Any:
         inner = self.primitive
         return inner.peek(data, context) if inner.peeks else MISS
+
+
+def _cut_with(step: WorkflowPrimitive[Any, Any]) -> list[WorkflowPrimitive[Any, Any]]:
+    """Return *step* and those parts of it that a limit around it cuts.
+
+    What undoes a saga has a time of its own, and so has what a cache computes: others may wait for it, and longer.
+    """
+    found = [step]
+    seen = {id(step)}
+    for part in found:  # grows meanwhile
+        parts = children_of(part)
+        if part.strategy == "cache" or any(map(is_unbound, parts)):
+            parts = ()
+        elif part.strategy == "saga":
+            parts = tuple(forward for forward, _ in part.steps)  # type: ignore[attr-defined]  # a SagaPrimitive
+        for inner in parts:
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                found.append(inner)
+    return found
 
 
 def _awaiting(run: Run) -> Run:
