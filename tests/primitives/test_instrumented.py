@@ -13,6 +13,7 @@ import pytest
 from tta_sync.context import WorkflowContext
 from tta_sync.events import Event, StepEnded, StepStarted
 from tta_sync.primitives.observability import InstrumentedPrimitive
+from tta_sync.primitives.recovery import TimeoutPrimitive
 from tta_sync.testing import FakeClock
 
 
@@ -53,6 +54,33 @@ def test_call_without_a_trace_gets_one() -> None:
     assert re.fullmatch("[0-9a-f]{32}", trace)
     assert parent == "c" * 16
     assert run(Work("work"), "x", context)[0] == trace
+
+
+def test_step_that_was_left_behind_takes_no_span_from_the_one_that_runs_now() -> None:
+    """It ends when the call has long gone on to another step, whose span it is by then."""
+
+    class Stubborn(InstrumentedPrimitive[Any, Any]):
+        async def _execute_impl(self, data: Any, context: WorkflowContext) -> Any:
+            while context.clock.monotonic() < 5.0:
+                try:
+                    await context.clock.sleep(5.0 - context.clock.monotonic())
+                except asyncio.CancelledError:
+                    pass
+
+    class Long(InstrumentedPrimitive[Any, Any]):
+        async def _execute_impl(self, data: Any, context: WorkflowContext) -> Any:
+            before = context.span_id
+            await context.clock.sleep(10.0)
+            return before, context.span_id
+
+    async def main() -> Any:
+        context = WorkflowContext(clock=FakeClock())
+        with pytest.raises(TimeoutError):
+            await TimeoutPrimitive(Stubborn(), 1.0).execute("x", context)
+        return await Long().execute("x", context)
+
+    before, after = asyncio.run(main())
+    assert before == after is not None
 
 
 def test_start_and_end_are_noted_and_told(workflow_events: list[Event]) -> None:

@@ -45,7 +45,8 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
         outer = context.span_id, context.parent_span_id
         if context.trace_id is None:
             context.trace_id = os.urandom(16).hex()
-        context.parent_span_id, context.span_id = context.span_id or context.parent_span_id, os.urandom(8).hex()
+        span_id = os.urandom(8).hex()
+        context.parent_span_id, context.span_id = context.span_id or context.parent_span_id, span_id
         context.checkpoint(f"{name}.start")
         began = context.clock.monotonic()
         emit = events.bus.emit
@@ -59,7 +60,8 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
             raise
         finally:
             context.checkpoint(f"{name}.end")
-            context.span_id, context.parent_span_id = outer
+            if context.span_id == span_id:  # else it was left behind, and the call has gone on without it
+                context.span_id, context.parent_span_id = outer
             emit = events.bus.emit
             if emit is not None:
                 seconds = context.clock.monotonic() - began
