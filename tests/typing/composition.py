@@ -4,6 +4,8 @@
 from functools import partial
 from typing import Any
 
+from sqlalchemy.orm import Session, scoped_session
+
 from tta_sync import WorkflowContext, caller_step, step, thread_step
 from tta_sync.primitives import (
     BulkheadPrimitive,
@@ -23,6 +25,7 @@ from tta_sync.primitives import (
     TimeoutPrimitive,
     WorkflowPrimitive,
 )
+from tta_sync.sqlalchemy import session_step
 
 
 @step
@@ -51,6 +54,16 @@ def words(data: str, context: WorkflowContext) -> list[str]:
 @step
 def flag(data: str) -> bool:
     return bool(data)
+
+
+@session_step
+def save(session: Session, data: int, context: WorkflowContext) -> bytes:
+    return bytes(data)
+
+
+@session_step(name="find", idempotent=True)
+def find(session: scoped_session[Session], data: bytes) -> list[str]:
+    return []
 
 
 class Upper(WorkflowPrimitive[str, str]):
@@ -110,6 +123,14 @@ async def check(context: WorkflowContext) -> None:
     reveal_type(CachePrimitive(parse, ttl=60))  # CachePrimitive[str, int]
     reveal_type(CachePrimitive(ttl=60) >> parse)  # SequentialPrimitive[Any, int]
     reveal_type(RetryPrimitive(double))  # RetryPrimitive[Any, Any]
+    reveal_type(save)  # SessionPrimitive[int, bytes]
+    reveal_type(find)  # SessionPrimitive[bytes, list[str]]
+    reveal_type(parse >> save >> find)  # SequentialPrimitive[str, list[str]]
+    reveal_type(double >> save)  # SequentialPrimitive[int, bytes]
+    reveal_type(RetryPrimitive(save))  # RetryPrimitive[int, bytes]
+    reveal_type(save.run_sync(1))  # bytes
+    Upper() >> save  # error
+    save >> half  # error
     parse >> MapPrimitive(half)  # error
     parse >> parse  # error
     half >> Upper()  # error

@@ -7,14 +7,14 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from tta_sync.context import Caller, WorkflowContext, current_caller, cut_off
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, NoCallerError, StepTimeoutError
-from tta_sync.primitives.core.base import WorkflowPrimitive, step_name
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, step_name
 from tta_sync.sqlalchemy.engines import bounded, is_transient, limit, ran_out, require_adopted, unbound
 from tta_sync.sqlalchemy.units import Unit, current_unit, provided_session
 
@@ -50,7 +50,7 @@ class _Again(Exception):
         self.error = error
 
 
-class SessionPrimitive(WorkflowPrimitive[Any, Any]):
+class SessionPrimitive(WorkflowPrimitive[In, Out]):
     """A function of a session as a step; made by :func:`session_step`."""
 
     runs_on = "caller"
@@ -76,11 +76,16 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
         self._takes_context = _takes_context(func, self.name)
         functools.update_wrapper(self, func, updated=())
 
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        """Call the function itself, as if it were not decorated."""
-        return self.func(*args, **keywords)
+    if TYPE_CHECKING:
+        # With the input's type: else a checker would take the step for a function that fits anywhere in a chain.
+        def __call__(self, session: Any, data: In, /, *args: Any, **keywords: Any) -> Any:
+            """Call the function itself, as if it were not decorated."""
+    else:
 
-    async def _run(self, data: Any, context: WorkflowContext) -> Any:
+        def __call__(self, *args, **keywords):
+            return self.func(*args, **keywords)
+
+    async def _run(self, data: In, context: WorkflowContext) -> Out:
         caller = current_caller.get()
         if caller is None:
             raise NoCallerError(
@@ -89,7 +94,8 @@ class SessionPrimitive(WorkflowPrimitive[Any, Any]):
         attempt = 0
         while True:
             try:
-                return await self._one_turn(caller, data, context)
+                result: Out = await self._one_turn(caller, data, context)
+                return result
             except _Again as again:
                 error = again.error
             unit = current_unit.get()
@@ -252,8 +258,20 @@ def _take_outcome(task: asyncio.Future[Any]) -> None:
         task.exception()  # nobody else will, and asyncio complains about one that was never looked at
 
 
+if TYPE_CHECKING:
+
+    class _SessionStepDecorator(Protocol):
+        # Any for the session: it may be a subclass, or a scoped_session.
+        @overload
+        def __call__(self, func: Callable[[Any, In, WorkflowContext], Out], /) -> SessionPrimitive[In, Out]: ...
+        @overload
+        def __call__(self, func: Callable[[Any, In], Out], /) -> SessionPrimitive[In, Out]: ...
+
+
 @overload
-def session_step(func: Callable[..., Any], /) -> SessionPrimitive: ...
+def session_step(func: Callable[[Any, In, WorkflowContext], Out], /) -> SessionPrimitive[In, Out]: ...
+@overload
+def session_step(func: Callable[[Any, In], Out], /) -> SessionPrimitive[In, Out]: ...
 @overload
 def session_step(
     *,
@@ -261,7 +279,7 @@ def session_step(
     name: str | None = None,
     idempotent: bool | None = None,
     integrity_retries: int = 1,
-) -> Callable[[Callable[..., Any]], SessionPrimitive]: ...
+) -> _SessionStepDecorator: ...
 def session_step(func: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make ``fn(session, data, context)``, or ``fn(session, data)``, a step in a SAVEPOINT on the caller's thread.
 
