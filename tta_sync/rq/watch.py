@@ -108,8 +108,8 @@ class Watch:
         """Look after *watched* until :meth:`end`."""
         self._running[watched] = None
         if self._free:
-            # A bare thread: Thread.start() waits on a Condition, which an alarm of RQ's would break.
-            native.start_new_thread(self._start_named, ())
+            # Through a bare thread: Thread.start() waits on a Condition, which an alarm of RQ's would break.
+            native.start_new_thread(self._start, ())
 
     def end(self, watched: WatchedJob) -> None:
         """Let go of *watched*, and write the last of its progress. On the job's thread."""
@@ -142,13 +142,12 @@ class Watch:
                 client.connection_pool.disconnect(inuse_connections=False)
         self._clients.clear()
 
-    def _start_named(self) -> None:
+    def _start(self) -> None:
         try:
             self._free.pop()  # atomic
         except IndexError:
             return  # another is the watch
-        threading.current_thread().name = "tta_sync-jobs"
-        self._look_round()
+        threading.Thread(target=self._look_round, name="tta_sync-jobs", daemon=True).start()
 
     def _look_round(self) -> None:
         last = time.monotonic()
