@@ -8,9 +8,9 @@ on a context.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from tta_sync.clock import SYSTEM_CLOCK, Clock
 from tta_sync.exceptions import DeadlineExceededError
@@ -359,11 +359,52 @@ class Workflow(Protocol):
     def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
 
 
+class Message(NamedTuple):
+    """What an outbox hands to a delivery."""
+
+    key: str
+    """Its own for ever, so that who has had it can tell."""
+    unit: str
+    """The same for all messages of one transaction: these are delivered in the order in which they come."""
+    body: str
+
+
+class Delivery(Protocol):
+    """Where an outbox's messages go; ``tta_sync.rq`` has one for jobs."""
+
+    def deliver(self, messages: Sequence[Message], fresh: Callable[[], bool]) -> Mapping[str, Exception | None]:
+        """Deliver each message once, however often it is given; return what became of each, by its key.
+
+        None: it has been delivered, now or before. An error: it could not be, and those of its unit behind it were not
+        tried and are left out. A message may be delivered only if it was asked first whether it has been, and *fresh*
+        said yes after the answer: else somebody else may have delivered it, and forgotten it, since it was read.
+
+        Raises:
+            ConnectionError: nothing can be delivered at present; what was delivered so far is known next time.
+        """
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Take note that these will not be given again, but by who has read them already. Raises as ``deliver``."""
+
+
+class Outbox(Protocol):
+    """Messages that go out if, and only if, the SQL transaction in which they were written commits."""
+
+    def write(self, session: Any, name: str, job_id: str, body: str, delivery: Delivery) -> None:
+        """Write a message in *session*'s transaction; None is the session of the current unit of work or request."""
+
+    def relay(self, engine: Any, delivery: Delivery, attempts: int) -> Any:
+        """Return the relay that delivers what is left in the database of *engine*."""
+
+
 class _Ports:
-    """What lower layers may call upwards."""
+    """What lower layers may call upwards, or sideways."""
 
     sync_entry: Callable[[Workflow, Any, WorkflowContext | None, float | None], Any]
     """Set by tta_sync.facade at import: run a workflow on the managed loop and wait for it."""
+
+    outbox: Outbox
+    """Set by tta_sync.sqlalchemy at import; tta_sync.rq writes jobs to it."""
 
 
 ports = _Ports()

@@ -79,6 +79,38 @@ class JobFunction(Protocol):
         """Enqueue with nothing but data."""
         ...
 
+    def enqueue_on_commit(
+        self,
+        data: Any = None,
+        *,
+        session: Any = None,
+        context: WorkflowContext | None = None,
+        deadline: Deadline | float | None = None,
+        job_id: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Validate *data*, and put it on the queue if, and only if, the SQL transaction commits; then exactly once.
+
+        A row of the outbox (``docs/outbox.md``) is written in the transaction, and goes with it or with its savepoint.
+        Jobs of one transaction are enqueued in order, usually before the commit returns. A Redis that is down delays
+        neither the commit nor fails it; the job is enqueued when it is back.
+
+        Args:
+            data: plain JSON types, as the load schema takes them.
+            session: whose transaction; by default that of the current session step, unit of work, or request.
+            context, deadline, job_id, options: as for :meth:`enqueue`; a connection cannot be given.
+
+        Returns:
+            The job's id: to be asked for later, or for another's ``depends_on``. Where the function is ``unique`` and
+            such a job is there already when this one would be enqueued, it is not.
+
+        Raises:
+            marshmallow.ValidationError: *data* does not fit; nothing is written.
+            ConfigurationError: there is no transaction, or no table for the outbox.
+            NoCallerError: called on the loop, outside session steps.
+        """
+        ...
+
     def enqueue_many(
         self,
         items: Iterable[Any],
@@ -175,6 +207,14 @@ class _Job:
             "a job function must be a top-level name of a module"
         )
 
+    @property
+    def queue_name(self) -> str:
+        return self.queue.name if isinstance(self.queue, Queue) else self.queue
+
+    @property
+    def own_connection(self) -> Redis | None:
+        return self.queue.connection if isinstance(self.queue, Queue) else self.connection
+
     def queue_for(self, connection: Redis | None) -> Queue:
         if isinstance(self.queue, Queue):
             if connection is None:
@@ -245,6 +285,30 @@ class _Job:
 
     def delay(self, data: Any = None) -> WorkflowJob:
         return self.enqueue(data)
+
+    def enqueue_on_commit(
+        self,
+        data: Any = None,
+        *,
+        session: Any = None,
+        context: WorkflowContext | None = None,
+        deadline: Deadline | float | None = None,
+        job_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        from tta_sync.rq.outbox import write  # that imports this module
+
+        return write(
+            self,
+            data,
+            session=session,
+            context=context,
+            deadline=deadline,
+            job_id=job_id,
+            meta=meta,
+            options=options,
+        )
 
     def enqueue_many(
         self,
@@ -371,6 +435,7 @@ def workflow_job(
         job.modules = (function.__module__, here)
         made.workflow, made.run = job.workflow, job.run
         made.enqueue, made.delay, made.enqueue_many = job.enqueue, job.delay, job.enqueue_many
+        made.enqueue_on_commit, made._tta_job = job.enqueue_on_commit, job
         return cast(JobFunction, made)
 
     return decorate

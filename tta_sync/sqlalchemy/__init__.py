@@ -32,20 +32,28 @@ What holds:
 7. A transaction held across an await for more than 100 ms emits ``TransactionHeld``.
 8. Session steps of parallel branches take turns.
 9. The commit comes before the result is dumped, and does not expire it.
+
+The outbox, by which jobs are enqueued if and only if a transaction commits, is :mod:`tta_sync.sqlalchemy.outbox`.
 """
 
 from tta_sync.sqlalchemy.engines import adopt, create_engine, is_transient
+from tta_sync.sqlalchemy.outbox import OutboxMessage, OutboxRelay, create_outbox, drop_outbox, outbox_table
 from tta_sync.sqlalchemy.steps import SessionPrimitive, session_step
 from tta_sync.sqlalchemy.units import Unit, UnitOfWork, current_session, provide_session, unit_of_work
 
 __all__ = [
+    "OutboxMessage",
+    "OutboxRelay",
     "SessionPrimitive",
     "Unit",
     "UnitOfWork",
     "adopt",
     "create_engine",
+    "create_outbox",
     "current_session",
+    "drop_outbox",
     "is_transient",
+    "outbox_table",
     "provide_session",
     "session_step",
     "unit_of_work",

@@ -16,7 +16,7 @@ from tta_sync.context import Caller, WorkflowContext, current_caller, cut_off
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, NoCallerError, StepTimeoutError
 from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, step_name
 from tta_sync.sqlalchemy.engines import bounded, is_transient, limit, ran_out, require_adopted, unbound
-from tta_sync.sqlalchemy.units import Unit, current_unit, provided_session
+from tta_sync.sqlalchemy.units import Unit, current_unit, provided_session, stepping
 
 
 class _Turn:
@@ -191,7 +191,11 @@ class SessionPrimitive(WorkflowPrimitive[In, Out]):
     def _in_savepoint(self, session: Session, turn: _Turn, data: Any, context: WorkflowContext) -> Any:
         savepoint = session.begin_nested()
         try:
-            result = self.func(session, data, context) if self._takes_context else self.func(session, data)
+            token = stepping.set((session, current_unit.get()))
+            try:
+                result = self.func(session, data, context) if self._takes_context else self.func(session, data)
+            finally:
+                stepping.reset(token)
             if inspect.iscoroutine(result):
                 result.close()
                 raise ConfigurationError(f"{self.name} is async: a session step takes a plain function")

@@ -112,6 +112,9 @@ class Unit:
 
 current_unit: ContextVar[Unit | None] = ContextVar("tta_sync_unit_of_work", default=None)
 
+stepping: ContextVar[tuple[Session, Unit | None] | None] = ContextVar("tta_sync_session_step", default=None)
+"""The session of the session step that runs here, and the unit of work that was current when it began."""
+
 _providers: list[Callable[[], Session | None]] = []
 
 
@@ -147,12 +150,15 @@ def provided_session() -> Session:
 
 
 def current_session() -> Session:
-    """Return the session that a session step would get here: for sync code beside the workflow.
+    """Return the session that a session step would get here, or has got: for sync code beside the workflow, or in it.
 
     Raises:
         ConfigurationError: no unit of work is open here, and no provider has a session.
     """
     unit = current_unit.get()
+    step = stepping.get()
+    if step is not None and step[1] is unit:  # no unit of work was opened inside the step
+        return step[0]
     return provided_session() if unit is None else unit.session
 
 
