@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import redis
 import redis.asyncio
 from hypothesis import given, settings, strategies as st
 
-from tta_sync import run_sync
+from tta_sync import run_sync, step
 from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.exceptions import (
     CircuitOpenError,
@@ -28,7 +30,8 @@ from tta_sync.exceptions import (
     LoopUnavailableError,
     RateLimitedError,
 )
-from tta_sync.primitives import CircuitBreakerPrimitive, RateLimitPrimitive
+from tta_sync.primitives import CachePrimitive, CircuitBreakerPrimitive, RateLimitPrimitive, TimeoutPrimitive
+from tta_sync.primitives.performance import RedisBackend
 from tta_sync.primitives.performance.wire import LIMIT
 from tta_sync.primitives.recovery.rate_limit import decide
 from tta_sync.redis import IdempotencyStore, RedisCircuitHints, RedisRateStore, endpoint
@@ -566,3 +569,158 @@ def test_memory_of_hints_is_bounded_when_circuits_are_many(url: str, monkeypatch
         hints.opened(str(number), time.time() + 5)
     assert len(hints._until) <= 3
     assert hints.open_until("9") is not None
+
+
+# ---- one argument ----------------------------------------------------------------------------------------------------
+
+
+def spellings(url: str) -> list[Any]:
+    """Everything that means one server."""
+    return [url, redis.Redis.from_url(url), redis.asyncio.Redis.from_url(url), RedisBackend(url), RedisRateStore(url)]
+
+
+def test_limit_is_shared_when_its_store_is_spelled_in_any_way(url: str) -> None:
+    """store= takes a URL, a client of either kind, a back end, or a store; they are one limit, from sync code too."""
+    limits = [RateLimitPrimitive(answer, rate=0.01, burst=5, store=store) for store in spellings(url)]
+    assert [run_sync(limit, 1) for limit in limits] == [1] * 5
+    for limit in limits:
+        with pytest.raises(RateLimitedError):
+            asyncio.run(limit.execute(1, WorkflowContext()))
+    with redis.Redis.from_url(url) as client:
+        assert client.keys("*:limit:*") == [f"tta:1:#:limit:{__name__}.answer:%:".encode()]
+
+
+def test_hints_are_shared_when_they_are_spelled_in_any_way(url: str) -> None:
+    """hints= takes a URL, a client of either kind, a back end, or hints."""
+    hints = [*spellings(url)[:4], RedisCircuitHints(url)]
+    breakers = [CircuitBreakerPrimitive(answer, hints=each) for each in hints]
+    trip = CircuitBreakerPrimitive(fail, name=f"{__name__}.answer", failure_threshold=1, hints=url)
+
+    async def main() -> None:
+        with pytest.raises(OSError, match="down"):
+            await trip.execute(1, WorkflowContext())
+        for breaker in breakers:
+            await hinted(lambda breaker=breaker: breaker._hints.open_until(f"{__name__}.answer") is not None)
+            with pytest.raises(CircuitOpenError):
+                await breaker.execute(1, WorkflowContext())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("make", [RateLimitPrimitive, CircuitBreakerPrimitive])
+def test_step_needs_a_lasting_name_when_processes_share_something(make: Any, url: str) -> None:
+    """A lambda or a local function has no name that other processes know; a step's own name, or name=, is one."""
+
+    async def local(data: Any) -> Any:
+        return data
+
+    options: dict[str, Any] = {"rate": 1.0, "store": url} if make is RateLimitPrimitive else {"hints": url}
+    for nameless in (local, lambda data: data, CachePrimitive(local), functools.partial(answer)):
+        with pytest.raises(ConfigurationError, match="name="):
+            make(nameless, **options)
+    make(local, **options, name="given")
+    assert make(step(local, name="own"), **options)._shared_name == "own"
+    assert make(TimeoutPrimitive(answer, 1.0), **options)._shared_name == f"TimeoutPrimitive({__name__}.answer)"
+
+
+@pytest.mark.parametrize("make", [RateLimitPrimitive, CircuitBreakerPrimitive])
+@pytest.mark.parametrize("source", [5, "http://x", object()])
+def test_source_is_refused_when_it_is_no_redis(make: Any, source: Any) -> None:
+    """What cannot be shared is refused at construction, with what could be."""
+    options: dict[str, Any] = {"rate": 1.0, "store": source} if make is RateLimitPrimitive else {"hints": source}
+    with pytest.raises(ConfigurationError, match=r"no client of one Redis server|no Redis URL"):
+        make(answer, **options)
+
+
+SHARING = """
+import asyncio, sys, time
+from tta_sync import run_sync
+from tta_sync.context import WorkflowContext
+from tta_sync.exceptions import CircuitOpenError, RateLimitedError
+from tta_sync.primitives import CircuitBreakerPrimitive, RateLimitPrimitive
+
+url, role = sys.argv[1:]
+
+
+async def call(data):
+    if data == "break":
+        raise OSError("down")
+    return data
+
+
+limit = RateLimitPrimitive(call, rate=0.001, burst=50, store=url)
+breaker = CircuitBreakerPrimitive(call, failure_threshold=1, hints=url)
+
+
+def ask(flow, data):
+    if role == "sync":
+        return run_sync(flow, data)
+    return asyncio.run(flow.execute(data, WorkflowContext()))
+
+
+run_sync(breaker, 1)  # the managed loop listens from now on
+print("ready", flush=True)
+for line in sys.stdin:
+    if line.strip() == "limit":
+        passed = 0
+        for _ in range(40):
+            try:
+                ask(limit, 1)
+                passed += 1
+            except RateLimitedError:
+                pass
+        print(passed, flush=True)
+    elif line.strip() == "break":
+        try:
+            run_sync(breaker, "break")
+        except OSError:
+            print("broken", flush=True)
+    else:
+        give_up = time.monotonic() + 20
+        while time.monotonic() < give_up:
+            try:
+                run_sync(breaker, 1)
+                time.sleep(0.01)
+            except CircuitOpenError:
+                print("open", flush=True)
+                break
+"""
+
+
+def test_limit_and_hints_are_shared_when_processes_run_the_same_code(url: str, tmp_path: Path) -> None:
+    """Three processes, of sync code and of loops, keep to one limit; one tells all of a failure."""
+    program = tmp_path / "sharing.py"
+    program.write_text(SHARING)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(program), url, role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for role in ("sync", "sync", "loop")
+    ]
+
+    def tell(process: subprocess.Popen[str], word: str) -> None:
+        assert process.stdin is not None
+        process.stdin.write(f"{word}\n")
+
+    def hear(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
+
+    try:
+        assert [hear(process) for process in processes] == ["ready"] * 3
+        for process in processes:
+            tell(process, "limit")
+        assert sum(int(hear(process)) for process in processes) == 50
+        tell(processes[0], "break")
+        assert hear(processes[0]) == "broken"
+        for process in processes[1:]:
+            tell(process, "try")
+        assert [hear(process) for process in processes[1:]] == ["open", "open"]
+    finally:
+        for process in processes:
+            process.communicate(timeout=30)
+            assert process.returncode == 0

@@ -18,6 +18,7 @@ from tta_sync.facade import async_to_sync, run_sync
 from tta_sync.flask.body import load as load_request
 from tta_sync.flask.problems import TABLE, Problem, Row, problem_of
 from tta_sync.flask.requests import RequestInfo, prepare_settings, request_context
+from tta_sync.flask.storage import Storage
 from tta_sync.primitives.core.base import as_primitive, caller_step
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class _State:
         self.problems: Problems = "blueprint"
         self.blueprints: set[str] = set()  # by name as registered
         self.table: dict[str, Row] = dict(TABLE)
+        self.storage = Storage()
 
     def widen(self, problems: Problems) -> None:
         order: tuple[Problems, ...] = ("blueprint", "auto", "app")
@@ -295,6 +297,89 @@ class TTASync:
             return run
 
         return decorate
+
+    def rate_limit(
+        self,
+        rate: float,
+        burst: int = 1,
+        key: Callable[..., Any] | Literal["remote_address"] | None = "remote_address",
+        *,
+        name: str | None = None,
+        fail: Literal["local", "open", "closed"] = "local",
+        workers: int | None = None,
+        storage: Any = None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Let each client make at most *rate* requests per second of a view, after a burst of *burst*; else 429.
+
+        In any t seconds at most ``burst + rate * t`` requests go through. Every response, refusals too, carries
+        RateLimit and RateLimit-Policy, and their forerunners RateLimit-* and X-RateLimit-*; a refusal Retry-After.
+        The limit is shared by all processes through Redis, where the application has TTA_REDIS_URL or REDIS_URL in its
+        configuration or environment; else each process has its own. Stands below ``@app.route``, on any view.
+
+        Args:
+            rate: requests per second; may be less than 1.
+            burst: how many requests may come at once after a pause.
+            key: a function of nothing, or of the request: a limit for each value it returns; None: one for all. By
+                default the client's address, of IPv6 its /64 network.
+            name: the limit's name; views that give the same one share it. By default the endpoint's.
+            fail: what holds while Redis is down: "local", this process's share of the rate; "open", no limit;
+                "closed", 503. The first request that notices waits a tenth of a second, the next ones do not.
+            workers: how many processes share the rate while Redis is down; WEB_CONCURRENCY, or 1.
+            storage: a client, a URL or a ``RedisBackend``, in place of the application's Redis.
+
+        Raises:
+            ConfigurationError: an option makes no sense.
+
+        Source: GCRA, ITU-T I.371; draft-ietf-httpapi-ratelimit-headers-10.
+        """
+        from tta_sync.flask.limits import RateLimit, remote_address
+
+        made = (rate, burst, remote_address if key == "remote_address" else key, name, fail, workers, storage)
+        RateLimit(*made)  # refused here, at the line that says so
+        return lambda view: RateLimit(*made).wrap(view, _answer)
+
+    def idempotent(
+        self,
+        ttl: float = 86_400.0,
+        wait: bool = False,
+        *,
+        required: bool = False,
+        caller: Callable[..., Any] | None = None,
+        name: str | None = None,
+        fail: Literal["closed", "open"] = "closed",
+        max_bytes: int = 1 << 20,
+        storage: Any = None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Act once per Idempotency-Key: whoever repeats a request gets the first response, byte for byte.
+
+        A replayed response has the first one's status, body and headers (but for cookies), and ``Idempotent-Replayed:
+        true``. While the first request is being worked on, a repeated one gets 409, or waits. The same key with another
+        method, URL or body is 422, a malformed key 400. A response with 5xx, or that says "try again", and an error
+        that the view raises free the key. Keys are apart by view and by caller: nobody gets another one's response.
+        They are shared by all processes through Redis, found as for :meth:`rate_limit`; else each process has its own.
+        Stands below ``@app.route``, on any view.
+
+        Args:
+            ttl: seconds for which a response is kept; a day by default.
+            wait: wait for the first request's response, within 30 s and the request's deadline.
+            required: answer 400 to a request without a key; by default it runs as if undecorated.
+            caller: a function of nothing, or of the request, that tells clients apart; by default tenant, credentials
+                (Authorization, X-Api-Key) and session, and the address of those who have none of them.
+            name: what the keys belong to; by default the endpoint.
+            fail: what a request with a key gets while Redis is down: "closed", 503; "open", it runs unprotected.
+            max_bytes: the longest body that is kept; a longer one, or a stream, is sent once, and repeated requests
+                get 409.
+            storage: a client, a URL or a ``RedisBackend``, in place of the application's Redis.
+
+        Raises:
+            ConfigurationError: an option makes no sense.
+
+        Source: draft-ietf-httpapi-idempotency-key-header-07; what is replayed, and the marker, after Stripe.
+        """
+        from tta_sync.flask.idempotency import Idempotency
+
+        made = Idempotency(ttl, wait, required, caller, name, fail, max_bytes, storage)
+        return lambda view: made.wrap(view, _answer)
 
 
 def _answer(error: Exception) -> Any:

@@ -164,11 +164,12 @@ def problem_of(error: Exception, table: Mapping[str, Row]) -> Problem | None:
         if row is not None:
             status, code, detail = row
             messages = getattr(error, "normalized_messages", None)  # marshmallow's
+            later = status in (429, 503) or isinstance(error, IdempotencyConflictError)
             return Problem(
                 status,
                 code,
                 detail,
-                headers={"Retry-After": _retry_after(error)} if status in (429, 503) else (),
+                headers={"Retry-After": _retry_after(error)} if later else (),
                 errors=None if messages is None else messages(),
             )
     return None

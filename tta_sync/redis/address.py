@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.performance.in_redis import resolve
 from tta_sync.primitives.performance.wire import Dial, Endpoint, Oversized, RedisDown, Refused, Wire
 
 try:
@@ -53,6 +54,16 @@ def endpoint(source: Any) -> Endpoint:
         place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
         found = _endpoints.setdefault(known, Endpoint(dial, f"Redis at {place}"))
     return found
+
+
+def address(source: Any, prefix: str | None = None) -> tuple[Endpoint, str]:
+    """Return the server that *source* means, and what keys in it begin with: *prefix*, or what *source* says of it.
+
+    Raises:
+        ConfigurationError: *source* is no URL, client or ``RedisBackend``.
+    """
+    place, own = resolve(source)
+    return place, own if prefix is None else prefix
 
 
 _ADDRESS = frozenset({"host", "port", "path", "db", "username", "password", "credential_provider", "client_name"})

@@ -7,8 +7,8 @@ from typing import Any
 
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.primitives.performance.keys import SCHEMA
-from tta_sync.primitives.performance.wire import Endpoint, Oversized, RedisDown, Refused
-from tta_sync.redis.address import endpoint
+from tta_sync.primitives.performance.wire import Oversized, RedisDown, Refused
+from tta_sync.redis.address import address
 
 _MAX_CIRCUITS = 10_000
 _LONGEST = 3600.0  # seconds; a hint that claims more is cut
@@ -22,12 +22,13 @@ class RedisCircuitHints:
     does something else, and while Redis is away there are none.
 
     Args:
-        source: a URL, or a ``redis.Redis`` or ``redis.asyncio.Redis`` client, of which address and credentials count.
-        prefix: what every key begins with.
+        source: a URL, a ``redis.Redis`` or ``redis.asyncio.Redis`` client, of which address and credentials count, or
+            a ``RedisBackend``.
+        prefix: what every key begins with; the back end's, or ``tta:``.
     """
 
-    def __init__(self, source: Any, prefix: str = "tta:") -> None:
-        self._endpoint: Endpoint = endpoint(source)
+    def __init__(self, source: Any, prefix: str | None = None) -> None:
+        self._endpoint, prefix = address(source, prefix)
         self._channel = f"{prefix}{SCHEMA}:#:circuits".encode()
         self._until: dict[str, float] = {}  # moments on the wall clock; replaced entry by entry
         self._tasks: set[asyncio.Task[None]] = set()

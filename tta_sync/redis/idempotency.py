@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -13,11 +14,12 @@ from tta_sync.exceptions import ConfigurationError, IdempotencyConflictError, Id
 from tta_sync.primitives.performance import codec, keys
 from tta_sync.primitives.performance.in_redis import LOCK_LIFE, Script, from_sync
 from tta_sync.primitives.performance.wire import Link, Oversized, RedisDown, Refused
-from tta_sync.redis.address import endpoint, unreachable
+from tta_sync.redis.address import address, unreachable
 
 T = TypeVar("T")
 
 _LIMIT = 1.0  # seconds for an answer: unlike a cache, this may not be passed by
+_LIMIT_DOWN = 0.05  # and where the server is known to be down: it may be back, but nobody should queue up for it
 _PATIENCE = (0.01, 0.25)  # seconds between looks at another call's work: first, and at most
 _MAX_BYTES = 1 << 20  # of one result
 
@@ -53,11 +55,8 @@ class Claim:
 
     def __init__(self, store: IdempotencyStore, name: bytes, token: bytes, link: Link) -> None:
         self._store, self._name, self._token, self._link = store, name, token, link
-        self._timer: asyncio.TimerHandle | None = link.loop.call_later(LOCK_LIFE / 3, self._renew)
-
-    def _renew(self) -> None:
-        self._link.post("EVAL", _RENEW, 1, self._name, self._token, int(LOCK_LIFE * 1000))
-        self._timer = self._link.loop.call_later(LOCK_LIFE / 3, self._renew)
+        self._timer: asyncio.TimerHandle | None = None
+        _arm(weakref.ref(self))
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -68,7 +67,7 @@ class Claim:
         """Keep *result* for whoever asks again.
 
         Raises:
-            ConfigurationError: JSON cannot carry it, or it is larger than 1 MiB; the key is free again.
+            ConfigurationError: JSON cannot carry it, or it is larger than *max_bytes*; the key is free again.
             ConnectionError: Redis could not be told; the key is free again once the claim has expired.
         """
         self._stop()
@@ -81,8 +80,26 @@ class Claim:
 
     async def abandon(self) -> None:
         """Let the next call with the key do the work."""
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Do what :meth:`abandon` does, on the claim's own loop, without waiting."""
         self._stop()
         self._link.post("EVAL", _ABANDON, 1, self._name, self._token)
+
+
+def _arm(reference: weakref.ref[Claim]) -> None:
+    # Weak: a claim whose owner was lost, to an interrupt say, must not be renewed for ever.
+    claim = reference()
+    if claim is not None:
+        claim._timer = claim._link.loop.call_later(LOCK_LIFE / 3, _renew, reference)
+
+
+def _renew(reference: weakref.ref[Claim]) -> None:
+    claim = reference()
+    if claim is not None:
+        claim._link.post("EVAL", _RENEW, 1, claim._name, claim._token, int(LOCK_LIFE * 1000))
+        _arm(reference)
 
 
 class IdempotencyStore:
@@ -92,31 +109,46 @@ class IdempotencyStore:
     process dies frees it within 5 seconds.
 
     Args:
-        source: a URL, or a ``redis.Redis`` or ``redis.asyncio.Redis`` client, of which address and credentials count.
+        source: a URL, a ``redis.Redis`` or ``redis.asyncio.Redis`` client, of which address and credentials count, or
+            a ``RedisBackend``.
         ttl: seconds for which a result is remembered; a day by default.
-        prefix: what every key begins with.
+        prefix: what every key begins with; the back end's, or ``tta:``.
         max_wait: seconds for which ``wait=True`` waits for another call.
+        max_bytes: the most that one result may take as JSON.
 
     Source: the Idempotency-Key header, draft-ietf-httpapi-idempotency-key-header.
     """
 
-    def __init__(self, source: Any, ttl: float = 86_400.0, *, prefix: str = "tta:", max_wait: float = 30.0) -> None:
+    def __init__(
+        self,
+        source: Any,
+        ttl: float = 86_400.0,
+        *,
+        prefix: str | None = None,
+        max_wait: float = 30.0,
+        max_bytes: int = _MAX_BYTES,
+    ) -> None:
         if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0.001 <= ttl < 1e9:
             raise ConfigurationError(f"ttl={ttl!r} is how long a result is remembered: give a number of seconds")
         self.ttl = float(ttl)
         self.max_wait = max_wait
-        self._endpoint = endpoint(source)
+        self._endpoint, prefix = address(source, prefix)
         self._head = f"{prefix}{keys.SCHEMA}:#:idempotency:"
-        self._codec = codec.Codec(None, _MAX_BYTES, 1024)
+        self._codec = codec.Codec(None, max_bytes, 1024)
+        bounds = self._endpoint.bounds
+        bounds.max_bytes = max(bounds.max_bytes, 2 * max_bytes)
         self._chance = Random()  # noqa: S311  # spreads load, keeps no secret
 
-    async def begin(self, key: str, fingerprint: Any = None, *, wait: bool = False) -> Claim | Outcome:
+    async def begin(
+        self, key: str, fingerprint: Any = None, *, wait: bool = False, max_wait: float | None = None
+    ) -> Claim | Outcome:
         """Return the earlier result for *key*, or the right to do the work.
 
         Args:
             key: what the client calls the request.
             fingerprint: what the request asks for; the same key with another one is an error.
             wait: wait for another call that does the work at this moment, instead of refusing.
+            max_wait: seconds for that, in place of the store's.
 
         Raises:
             IdempotencyConflictError: another call does the work at this moment.
@@ -128,7 +160,7 @@ class IdempotencyStore:
         mark = keys.digest(fingerprint, "fingerprint")
         token = os.urandom(12).hex().encode()
         link = self._endpoint.link
-        give_up = link.loop.time() + self.max_wait
+        give_up = link.loop.time() + (self.max_wait if max_wait is None else max_wait)
         pause, longest = _PATIENCE
         while True:
             try:
@@ -181,8 +213,10 @@ class IdempotencyStore:
         return Outcome(result, False)
 
     async def _ask(self, script: Script, name: bytes, *arguments: bytes | int) -> Any:
+        link = self._endpoint.link
+        limit = _LIMIT_DOWN if link.down else _LIMIT
         try:
-            return await script.run(self._endpoint.link, (name,), *arguments, limit=_LIMIT, force=True)
+            return await script.run(link, (name,), *arguments, limit=limit, force=True)
         except (RedisDown, Refused, Oversized) as error:
             raise unreachable(self._endpoint, error) from None
 
@@ -202,7 +236,8 @@ class IdempotencyStore:
             versions=(),
         )
         if blob is None:
-            raise ConfigurationError(f"a result of {len(encoded[1])} bytes is too large: {_MAX_BYTES} is the most")
+            most = self._codec.max_bytes
+            raise ConfigurationError(f"a result of {len(encoded[1])} bytes is too large: {most} is the most")
         return blob
 
     def _open(self, name: bytes, blob: bytes) -> Any:

@@ -444,16 +444,19 @@ class _Chore(WorkflowPrimitive[Any, Any]):
         return await self._work()
 
 
-def from_sync(work: Callable[[], Coroutine[Any, Any, T]], name: str, remedy: str) -> T:
+def from_sync(work: Callable[[], Coroutine[Any, Any, T]], name: str, remedy: str, timeout: float | None = None) -> T:
     """Run *work* on the managed loop and wait for it; *name* and *remedy* are for who calls it on a loop.
+
+    Whatever deadline the current call has, this has *timeout* seconds.
 
     Raises:
         LoopUnavailableError: called on a loop's own thread.
+        DeadlineExceededError: *timeout* has passed.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        answer: T = _Chore(work, name).run_sync(None, WorkflowContext())
+        answer: T = _Chore(work, name).run_sync(None, WorkflowContext(), timeout=timeout)
         return answer
     raise LoopUnavailableError(f"{name} would wait for Redis on the loop's own thread: write {remedy} there")
 

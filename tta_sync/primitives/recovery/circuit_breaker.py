@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason, time_limit
@@ -18,7 +18,7 @@ from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimi
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import ErrorTypes, is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
-from tta_sync.primitives.recovery.naming import call_name
+from tta_sync.primitives.recovery.naming import call_name, shared_name
 from tta_sync.primitives.recovery.retry import LONGEST_WAIT, REJECTIONS, retry_after_of
 
 if TYPE_CHECKING:
@@ -274,6 +274,19 @@ def break_for(config: CircuitBreakerConfig, opened_before: int, asked: float, ch
 _chance = random.Random()  # noqa: S311  # spreads load, guards nothing
 
 
+def _shared(hints: Any) -> CircuitHints:
+    """Return *hints*, or those in the Redis that it means.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if callable(getattr(hints, "open_until", None)):
+        return cast(CircuitHints, hints)
+    from tta_sync.primitives.performance.in_redis import seam
+
+    return cast(CircuitHints, seam().RedisCircuitHints(hints))
+
+
 class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     """Stop calling a step that keeps failing, and let a probe through later.
 
@@ -291,7 +304,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         primitive: the step.
         config: a :class:`CircuitBreakerConfig`; its fields may be given as keywords as well.
         name: the circuit's name in errors and events; the step's by default.
-        hints: a :class:`CircuitHints`, through which processes tell each other of open circuits.
+        hints: through what processes tell each other of open circuits: a ``redis.Redis`` or ``redis.asyncio.Redis``
+            client, a URL, a ``RedisBackend``, or a :class:`CircuitHints`. A circuit is known by its *name*.
         chance: the source of the jitter.
 
     Raises:
@@ -312,7 +326,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         config: CircuitBreakerConfig | None = None,
         *,
         name: str | None = None,
-        hints: CircuitHints | None = None,
+        hints: Any = None,
         chance: random.Random | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -325,7 +339,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
                 str(error).replace("CircuitBreakerConfig.__init__()", "a circuit breaker")
             ) from None
         self.name = name or call_name(self.primitive)
-        self._hints = hints
+        self._hints: CircuitHints | None = None if hints is None else _shared(hints)
+        self._shared_name = "" if hints is None else name or shared_name(self.primitive, "circuit breaker")
         self._chance = chance or _chance
         self._window = window_of(self.config)
         self._asks_first = hints is not None or self.config.slow_call_seconds is not None
@@ -422,7 +437,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         hint = None
         half_opened = False
         if self._hints is not None:
-            hint = self._hints.open_until(self.name)
+            hint = self._hints.open_until(self._shared_name)
         with self._lock:
             if hint is not None and self._state is CLOSED:
                 left = hint - context.clock.time()
@@ -612,7 +627,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
 
     def _tell_opened(self, seconds: float, error: BaseException | None, context: WorkflowContext | None) -> None:
         if self._hints is not None and context is not None:
-            self._hints.opened(self.name, context.clock.time() + seconds)
+            self._hints.opened(self._shared_name, context.clock.time() + seconds)
         if events.bus.emit is not None:
             events.bus.emit(
                 events.BreakerOpened(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
@@ -18,7 +18,7 @@ from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, lead
-from tta_sync.primitives.recovery.naming import call_name
+from tta_sync.primitives.recovery.naming import call_name, shared_name
 
 MAX_KEYS = 100_000
 SLACK = 1e-9
@@ -35,6 +35,25 @@ def decide(arrival: float, now: float, interval: float, tolerance: float) -> tup
     due = arrival if arrival > now else now
     wait = due - now - tolerance
     return (wait if wait > SLACK else 0.0), due + interval
+
+
+class Verdict(NamedTuple):
+    """What a limit says of one call, and what it tells the caller about the next ones."""
+
+    wait: float
+    """Seconds until the call may be made; 0.0: it was let through."""
+    remaining: int
+    """Calls that may follow at once."""
+    reset: float
+    """Seconds until there is one more than *remaining*; *wait* for a call that was refused."""
+
+
+def verdict(wait: float, ahead: float, interval: float, burst: int) -> Verdict:
+    """Say what a decision means to the caller; *ahead* is how far after now the arrival lies that is kept."""
+    if wait:
+        return Verdict(wait, 0, wait)
+    remaining = max(0, math.floor(burst - ahead / interval + 1e-6))  # the last bits of a float take no call away
+    return Verdict(0.0, remaining, max(0.0, ahead - (burst - remaining - 1) * interval))
 
 
 class Limit:
@@ -70,7 +89,8 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         key: a function of ``(data, context)`` or ``(data)``: a limit for each value it returns; None: one for all.
         mode: "reject" raises when the limit is reached; "wait" waits for the call's turn, if that comes before the
             call's deadline and the timeouts around it.
-        store: a :class:`RateStore` shared by several processes, "reject" mode and "wait" mode alike.
+        store: what the processes that share the limit have in common: a ``redis.Redis`` or ``redis.asyncio.Redis``
+            client, a URL, a ``RedisBackend``, or a :class:`RateStore`. The limit is then known by its *name*.
         fail: what holds while the store is down: "local", the limit of this process at *rate* / *workers*; "open",
             none; "closed": every call is rejected.
         workers: how many processes share the store.
@@ -94,7 +114,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         key: Callable[..., Hashable] | None = None,
         mode: Literal["reject", "wait"] = "reject",
         *,
-        store: RateStore | None = None,
+        store: Any = None,
         fail: Literal["local", "open", "closed"] = "local",
         workers: int = 1,
         name: str | None = None,
@@ -118,7 +138,8 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         self._key = key
         self._key_takes_context = key is not None and takes_context(key)
         self._waits = mode == "wait"
-        self._store = store
+        self._store: RateStore | None = None if store is None else _shared(store)
+        self._shared_name = "" if store is None else name or shared_name(self.primitive, "rate limit")
         self._fail = fail
         # Alone, this process may use the whole rate; where it stands in for the store, its share.
         self._interval = (1 if store is None else workers) / self.rate
@@ -268,10 +289,10 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         """
         clock = context.clock
         end = cut_off(context) if self._waits else -math.inf
-        name = "" if self._key is None else _spelled(key)
+        name = "" if self._key is None else spelled(key)
         while True:
             try:
-                wait = await store.take(self.name, name, self.rate, self.burst, context)
+                wait = await store.take(self._shared_name, name, self.rate, self.burst, context)
             except OSError:  # builtin ConnectionError and TimeoutError
                 if self._fail == "open":
                     return
@@ -295,7 +316,20 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         return RateLimitedError(self.name, wait)
 
 
-def _spelled(key: Hashable) -> str:
+def _shared(store: Any) -> RateStore:
+    """Return *store*, or the one in the Redis that it means.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if callable(getattr(store, "take", None)):
+        return cast(RateStore, store)
+    from tta_sync.primitives.performance.in_redis import seam
+
+    return cast(RateStore, seam().RedisRateStore(store))
+
+
+def spelled(key: Hashable) -> str:
     """Spell *key* the same in every process.
 
     Raises:
