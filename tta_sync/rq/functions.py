@@ -21,7 +21,7 @@ from rq.utils import parse_timeout
 from tta_sync.context import Deadline, WorkflowContext, current_context
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.facade import run_sync
-from tta_sync.primitives.core.base import LambdaPrimitive, WorkflowPrimitive, as_primitive, caller_step
+from tta_sync.primitives.core.base import CallerPrimitive, LambdaPrimitive, WorkflowPrimitive, as_primitive, caller_step
 from tta_sync.rq.job import META, WorkflowJob, check_result, running
 
 T = TypeVar("T")
@@ -145,6 +145,8 @@ class _Job:
         dump: Any,
         unique: bool,
         idempotent: bool,
+        concurrency: int | None,
+        concurrency_key: Callable[[Any], str] | None,
         connection: Redis | None,
         unit_of_work: UnitOfWork | None,
         options: dict[str, Any],
@@ -155,6 +157,8 @@ class _Job:
         self.loads, self.dumps = _instance(load), _instance(dump)
         self.unique = unique
         self.idempotent = idempotent
+        self.concurrency = concurrency
+        self.concurrency_key = concurrency_key
         self.connection = connection
         self.unit_of_work = unit_of_work
         self.options = options
@@ -172,7 +176,20 @@ class _Job:
         check_result(job.func_name, result)
         return result
 
-    def run(self, data: Any = None, context: WorkflowContext | None = None) -> Any:
+    @property
+    def needs_thread(self) -> bool:
+        """Whether it runs on one thread from beginning to end, wherever it runs."""
+        return self.unit_of_work is not None or type(self.workflow) is CallerPrimitive
+
+    async def execute(self, data: Any = None, context: WorkflowContext | None = None) -> Any:
+        """Do as :meth:`run` does, on the loop. Not for what needs a thread."""
+        if self.loads is not None:
+            data = self.loads.load(data)
+        return self._dumped(await self.workflow.execute(data, context or WorkflowContext()))
+
+    def run(
+        self, data: Any = None, context: WorkflowContext | None = None, *, enter: Callable[..., Any] = run_sync
+    ) -> Any:
         if self.loads is not None:
             data = self.loads.load(data)
         state = None if context is None else context.state.copy()
@@ -180,9 +197,11 @@ class _Job:
         def once() -> Any:
             if context is not None and state is not None:
                 context.state = state.copy()  # a unit of work that begins again must not see what was left behind
-            return run_sync(self.workflow, data, context)
+            return enter(self.workflow, data, context)
 
-        result = once() if self.unit_of_work is None else self.unit_of_work.run(once)
+        return self._dumped(once() if self.unit_of_work is None else self.unit_of_work.run(once))
+
+    def _dumped(self, result: Any) -> Any:
         if self.dumps is None or isinstance(result, Retry):  # RQ's own way of asking for another run
             return result
         return self.dumps.dump(result)
@@ -235,8 +254,21 @@ class _Job:
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{self.name} was given {what}what JSON cannot carry ({error}): {remedy}") from error
 
+    def limited_by(self, data: Any) -> str:
+        """Return what a job with *data* shares its concurrency limit with."""
+        key = self.name if self.concurrency_key is None else self.concurrency_key(data)
+        if not isinstance(key, str) or not 0 < len(key) <= 200:
+            raise ConfigurationError(
+                f"concurrency_key of {self.name} must return a str of 1 to 200 characters, not {key!r}"
+            )
+        return key
+
     def meta(
-        self, context: WorkflowContext | None, deadline: Deadline | float | None, meta: dict[str, Any] | None
+        self,
+        context: WorkflowContext | None,
+        deadline: Deadline | float | None,
+        meta: dict[str, Any] | None,
+        data: Any = None,
     ) -> dict[str, Any]:
         if context is None:
             current = current_context()
@@ -249,6 +281,8 @@ class _Job:
         kept: dict[str, Any] = {"context": carried}
         if self.idempotent:
             kept["idempotent"] = True
+        if self.concurrency is not None:
+            kept["concurrency"] = [self.limited_by(data), self.concurrency]
         self.check(kept, "a context with ", "keep other things out of its state and metadata")
         return {**(meta or {}), META: kept}
 
@@ -277,7 +311,7 @@ class _Job:
             self.name,
             args=(data,),
             job_id=self.job_id(data) if self.unique and job_id is None else job_id,
-            meta=self.meta(context, deadline, meta),
+            meta=self.meta(context, deadline, meta, data),
             unique=self.unique,
             **self.settings(options),
         )
@@ -329,11 +363,15 @@ class _Job:
         self.check_all(batch)
         if not batch:
             return []
-        kept = self.meta(context, deadline, meta)
+        kept = None if self.concurrency_key is not None else self.meta(context, deadline, meta)
         settings = self.settings(options)
         prepared = [
             Queue.prepare_data(
-                self.name, args=(data,), job_id=None if job_ids is None else job_ids[i], meta=kept, **settings
+                self.name,
+                args=(data,),
+                job_id=None if job_ids is None else job_ids[i],
+                meta=kept or self.meta(context, deadline, meta, data),
+                **settings,
             )
             for i, data in enumerate(batch)
         ]
@@ -368,6 +406,8 @@ def workflow_job(
     ttl: int | None = None,
     unique: bool = False,
     idempotent: bool = False,
+    concurrency: int | None = None,
+    concurrency_key: Callable[[Any], str] | None = None,
     connection: Redis | None = None,
     unit_of_work: UnitOfWork | None = None,
 ) -> Callable[[Any], JobFunction]:
@@ -389,7 +429,9 @@ def workflow_job(
         retry: RQ's Retry, or how many retries.
         result_ttl, failure_ttl, ttl: seconds, as in RQ.
         unique: refuse a second job with the same id, or with the same data where no id is given.
-        idempotent: the job may be run twice; so says its author.
+        idempotent: the job may be run twice; so says its author. AsyncWorker begins it again when its worker has died.
+        concurrency: how many of these jobs AsyncWorkers run at once, all together; None is no limit of their own.
+        concurrency_key: of the data, what shares that limit: ``lambda data: data["tenant"]``. By default all do.
         connection: the Redis to use; else the Flask application's ``TTA_REDIS_URL``, else the environment's
             ``REDIS_URL``.
         unit_of_work: what each run happens in, ``tta_sync.sqlalchemy.unit_of_work(Session)`` say.
@@ -400,6 +442,11 @@ def workflow_job(
     Raises:
         ConfigurationError: what is decorated is no function or workflow, or the timeout no number of seconds.
     """
+    whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+    if concurrency is not None and not (whole and concurrency > 0):
+        raise ConfigurationError(f"concurrency is a whole number above 0, not {concurrency!r}")
+    if concurrency_key is not None and concurrency is None:
+        raise ConfigurationError("concurrency_key says what shares a limit: give the limit too, as concurrency=")
     here = sys._getframe(1).f_globals.get("__name__", "__main__")
     options = {
         "timeout": _seconds(timeout),
@@ -417,6 +464,8 @@ def workflow_job(
             dump=dump,
             unique=unique,
             idempotent=idempotent,
+            concurrency=concurrency,
+            concurrency_key=concurrency_key,
             connection=connection,
             unit_of_work=unit_of_work,
             options=options,
