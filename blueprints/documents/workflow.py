@@ -23,6 +23,7 @@ from tta_sync import WorkflowContext, step, thread_step
 from tta_sync.exceptions import StepTimeoutError
 from tta_sync.marshmallow import load_step
 from tta_sync.primitives import (
+    MISS,
     CachePrimitive,
     CircuitBreakerConfig,
     CircuitBreakerPrimitive,
@@ -177,12 +178,10 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
 
     @step(name="stream")
     async def stream(request: dict[str, Any], context: WorkflowContext) -> Answer:
-        answer: Answer
-        try:
-            answer = await kept.execute(request, context)
-            return answer
-        except _NotKeptError:
-            answer = await whole.execute(request, context)
+        found = kept.peek(request, context)  # not execute, which would join whoever is leaving an answer right now
+        if found is not MISS:
+            return found
+        answer: Answer = await whole.execute(request, context)
         # In a context of its own: it is no hit if somebody else has left an answer meanwhile.
         await kept.execute({**request, "answer": answer}, context.create_child_context())
         return answer
@@ -190,15 +189,9 @@ def build_provider(settings: Settings) -> WorkflowPrimitive[Any, Answer]:
     return ConditionalPrimitive(has_listener, stream, keep(whole))
 
 
-class _NotKeptError(Exception):
-    """There is no answer in the cache. Never leaves this module."""
-
-
 @step
 async def recall(request: dict[str, Any]) -> Answer:
-    """Stand in for the provider in a cache that is only looked into, or given an answer."""
-    if "answer" not in request:
-        raise _NotKeptError
+    """Stand in for the provider in a cache that is given an answer."""
     answer: Answer = request["answer"]
     return answer
 
