@@ -22,7 +22,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from redis import Redis
@@ -99,22 +99,25 @@ class JobEvents(Iterator[bytes]):
         self._stopping = stopping
         self._unavailable = unavailable
         self._give_back = give_back
-        self._events = self._follow()
+        self._events: Generator[bytes] | None = None  # made when asked for: it holds this object
 
     def __next__(self) -> bytes:
+        if self._events is None:
+            self._events = self._follow()
         return next(self._events)
 
     def close(self) -> None:
         """Give back the connection and the place; also where no event was ever asked for."""
         try:
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
         finally:
             self._give_back()
 
     def __del__(self) -> None:
         self._give_back()
 
-    def _follow(self) -> Any:
+    def _follow(self) -> Generator[bytes]:
         try:
             with self._client.pubsub(ignore_subscribe_messages=True) as heard:
                 heard.subscribe(events_channel(self._job_id))
@@ -161,6 +164,8 @@ def has_left(sock: Any) -> bool:
     """Say whether the other end of the connection has closed it, as far as that can be told without waiting."""
     if sock is None:
         return False
+    if sock.fileno() < 0:
+        return True
     try:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
