@@ -75,9 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _relay(relay: Any, interval: float, *, once: bool) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     relay.waiting()  # says at once that there is no such database, or no table
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, _told():
         while not stop.is_set():
             while relay.run_once() and not stop.is_set():
                 pass
@@ -96,6 +95,21 @@ def _stop_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Have what our loggers say written to stderr."""
+    logger, handler = logging.getLogger("tta_sync"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _look_after(relay: Any, arguments: argparse.Namespace) -> int:

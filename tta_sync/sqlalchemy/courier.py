@@ -109,7 +109,7 @@ class Courier:
                     desk.units.extendleft(reversed(units[: MOST_UNITS - len(desk.units)]))
                     desk.resumes_at = time.monotonic() + desk.relay.pause
                 elif not desk.units:
-                    del self._desks[key]  # with the relay, which must not keep an engine alive
+                    self._desks.pop(key, None)  # with the relay, which must not keep an engine alive
                 if not clear or arrived is not desk.arrived:
                     arrived.set()
             del desk, found
