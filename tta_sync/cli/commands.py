@@ -12,6 +12,7 @@ from importlib.metadata import version
 COMMANDS = {
     "dev": ("tta_sync.cli.dev", "run the service of this checkout: Redis, database, gunicorn, RQ worker"),
     "batch": ("tta_sync.cli.batch", "have the running service process text files, with a progress bar"),
+    "cache": ("tta_sync.cli.cache", "look at what caches keep in Redis, and make them forget it"),
     "outbox": ("tta_sync.cli.outbox", "enqueue what is left in the transactional outbox, and look after it"),
 }
 

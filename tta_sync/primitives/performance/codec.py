@@ -169,6 +169,18 @@ def encode(value: Any) -> tuple[int, bytes] | None:
         return None
 
 
+def parse(text: str) -> Any:
+    """Return the value that *text* is the JSON of, tagged or plain, as :func:`encode` writes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return _untag(json.loads(text, parse_constant=_no_constant))
+    except Exception as error:  # whatever JSON or a type says of a text that it did not write
+        raise ValueError(f"this is no value: {error}") from None
+
+
 def encode_error(error: BaseException) -> tuple[int, bytes] | None:
     """Return the codec and the JSON of *error*'s type and arguments; None if JSON cannot carry the arguments."""
     kind = type(error)

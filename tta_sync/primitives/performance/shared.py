@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tta_sync.context import WorkflowContext
 from tta_sync.primitives.performance import codec, keys
@@ -32,6 +32,20 @@ class Bypass(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+class Examined(NamedTuple):
+    """What lies in the store for one call, as an operator sees it."""
+
+    name: str
+    """Its key in the store."""
+    fault: str
+    """Why it would not answer a call, "" if it would: absent, expired, invalidated, corrupt, foreign, oversized."""
+    size: int
+    """Bytes in the store."""
+    envelope: Envelope | None
+    value: Any
+    """For a remembered error its type's name and its arguments."""
 
 
 class Lease:
@@ -120,6 +134,28 @@ class SharedLayer(ABC):
                 self._names.clear()
             self._names[form] = name
         return name
+
+    # ---- for operators -----------------------------------------------------------------------------------------------
+
+    async def examine(self, known: Any, context: WorkflowContext) -> Examined:
+        """Return what is stored for a call, without computing or counting anything.
+
+        Of the counters only that of the whole namespace is compared: which tags a result carries, only its step knows.
+
+        Raises:
+            Bypass: the store does not answer.
+        """
+        key = self.key(known, context.tenant)
+        blob, versions = await self._read(key, frozenset(), context)
+        if blob is None:
+            return Examined(key.decode(), "absent", 0, None, None)
+        try:
+            envelope = self._codec.open(key, blob)
+            value = self._codec.value(envelope)
+        except Undecodable as undecodable:
+            return Examined(key.decode(), undecodable.reason, len(blob), None, None)
+        fault = self._fault(envelope._replace(versions=envelope.versions[: len(versions)]), versions, context)
+        return Examined(key.decode(), fault, len(blob), envelope, value)
 
     # ---- answering ---------------------------------------------------------------------------------------------------
 
