@@ -31,6 +31,13 @@ async def compute(data):
     client.set("computing", 1)
     if role == "hang":
         await asyncio.sleep(60)
+    if role in ("raise", "cancelled"):
+        while not client.exists("fail"):
+            await asyncio.sleep(0.01)
+        if role == "raise":
+            raise LookupError("the leader's own")
+        calls[0].cancel()
+        await asyncio.sleep(60)
     while not client.exists("finish"):
         await asyncio.sleep(0.02)
     return {"number": number, "data": data}
@@ -55,6 +62,16 @@ def by_threads(count):
     return results
 
 
+calls = []
+
+
+async def leave():
+    calls.append(asyncio.ensure_future(flow.execute("data", WorkflowContext())))
+    await asyncio.wait(calls)
+    assert calls[0].cancelled()
+    return []
+
+
 async def by_tasks(count):
     return list(await asyncio.gather(*(flow.execute("data", WorkflowContext()) for _ in range(count))))
 
@@ -63,6 +80,13 @@ if role == "threads":
     results = by_threads(250)
 elif role == "tasks":
     results = asyncio.run(by_tasks(250))
+elif role == "raise":
+    try:
+        run_sync(flow, "data")
+    except LookupError as error:
+        results = []
+elif role == "cancelled":
+    results = asyncio.run(leave())
 elif role == "layers":
     results = [run_sync(flow, "data")]
     client.incr("filled")
@@ -162,6 +186,69 @@ def test_waiter_takes_over_when_the_leader_is_killed(workers: Workers) -> None:
     assert workers.results(followers) == [[250, 2], [1, 2]]
     assert time.monotonic() - killed < 15  # 6 s are promised: the lock's life and one look
     assert workers.client.get("executions") == b"2"
+
+
+@pytest.mark.parametrize("fate", ["raise", "cancelled"])
+def test_waiter_computes_at_once_when_the_leader_fails(workers: Workers, fate: str) -> None:
+    """A leader in another process that raises, or is cancelled, keeps that for itself and gives its lock back."""
+    leaders = workers.start(fate)
+    workers.client.set("go", 1)
+    workers.wait_for(lambda: workers.client.exists("computing"))
+    workers.client.delete("go")
+    followers = workers.start("threads", "tasks")
+    workers.client.set("finish", 1)
+    workers.client.set("go", 1)
+    time.sleep(0.3)  # for them to wait
+    assert workers.client.get("executions") == b"1"
+    workers.client.set("fail", 1)
+    failed = time.monotonic()
+    assert workers.results(followers) == [[250, 2], [250, 2]]
+    assert time.monotonic() - failed < 15
+    assert workers.results(leaders) == [[0]]
+    assert workers.client.get("executions") == b"2"
+    assert workers.client.keys("*:lock") == []
+
+
+def test_late_result_is_not_stored_when_the_leader_was_frozen_longer_than_its_lock(workers: Workers) -> None:
+    """SIGSTOP in mid-computation: the lock runs out, another process computes, and the first one's result is late."""
+    (leader,) = workers.start("one")
+    workers.client.set("go", 1)
+    workers.wait_for(lambda: workers.client.exists("computing"))
+    leader.send_signal(signal.SIGSTOP)
+    try:
+        (lock,) = workers.client.keys("*:lock")
+        assert 0 < workers.client.pttl(lock) <= 5000
+        workers.client.set("finish", 1)
+        followers = workers.start("threads")
+        assert workers.results(followers) == [[250, 2]]
+        (name,) = (name for name in workers.client.keys("tta:1:_:n:*") if not name.endswith(b":lock"))
+        stored = workers.client.get(name)
+    finally:
+        leader.send_signal(signal.SIGCONT)
+    assert workers.results([leader]) == [[1, 1]]  # its own caller gets it
+    assert workers.client.get(name) == stored
+    assert workers.results(workers.start("one")) == [[1, 2]]
+    assert workers.client.get("executions") == b"2"
+
+
+def test_late_result_is_not_stored_when_another_process_invalidates_meanwhile(workers: Workers) -> None:
+    """Whoever computes with what was true before the invalidation answers its caller and nobody later."""
+    from tta_sync.primitives.performance import CachePrimitive
+
+    async def never(data: Any) -> Any: ...
+
+    operator: CachePrimitive[Any, Any] = CachePrimitive(never, storage=workers.client, namespace="n")
+    forget: list[Callable[[], None]] = [lambda: operator.invalidate("data"), operator.clear_cache]
+    for number, each in enumerate(forget):
+        workers.client.delete("finish", "computing", "go")
+        (early,) = workers.start("one")
+        workers.client.set("go", 1)
+        workers.wait_for(lambda: workers.client.exists("computing"))
+        each()
+        workers.client.set("finish", 1)
+        assert workers.results([early]) == [[1, 2 * number + 1]]
+        assert workers.results(workers.start("one")) == [[1, 2 * number + 2]]
+        operator.invalidate("data")
 
 
 def test_memory_of_every_process_forgets_when_one_of_them_invalidates(workers: Workers) -> None:
