@@ -197,6 +197,22 @@ def test_one_that_does_not_answer_holds_up_no_other_for_long(own: Courier, event
     eventually(lambda: up.units == ["v0"])
 
 
+def test_one_that_is_busy_does_not_starve_another(own: Courier, eventually: Eventually) -> None:
+    """They take turns, a hundred transactions each."""
+    busy, other = Relay(), Relay()
+    order: list[str] = []
+    for name, each in (("busy", busy), ("other", other)):
+        each.deliver = lambda units, name=name, each=each: (order.append(name), Relay.deliver(each, units))[1]  # type: ignore[method-assign, misc]
+    busy.gate.clear()
+    own.hand_over("busy", lambda: busy, "u0")
+    for number in range(300):
+        own.hand_over("busy", lambda: busy, f"u{number}")
+    own.hand_over("other", lambda: other, "v0")
+    busy.gate.set()
+    eventually(lambda: len(busy.units) == 301 and other.units == ["v0"])
+    assert order == ["busy", "other", "busy", "busy", "busy"]
+
+
 def test_thread_ends_when_there_is_nothing_to_do_and_begins_again(
     own: Courier, relay: Relay, eventually: Eventually
 ) -> None:
@@ -220,6 +236,38 @@ def test_thread_that_has_died_is_replaced(own: Courier, relay: Relay, eventually
     own._thread = dead
     own.hand_over("key", lambda: relay, "u0")
     eventually(lambda: relay.units == ["u0"])
+
+
+def test_commit_succeeds_when_no_thread_can_be_had(
+    own: Courier,
+    relay: Relay,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
+) -> None:
+    """It has been committed: what is not delivered now is delivered with the next, or by a relay."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        own.hand_over("key", lambda: relay, "u0")
+    assert "can't start new thread" in caplog.text
+    own.hand_over("key", lambda: relay, "u1")
+    eventually(lambda: relay.units == ["u0", "u1"])
+
+
+def test_commits_wait_once_for_a_thread_that_does_not_run(
+    own: Courier, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers start no threads unless they are told to: that must not cost every request its patience."""
+    monkeypatch.setattr(Courier, "_run", lambda self: relay.gate.wait(60))
+    relay.gate.clear()
+    began = time.monotonic()
+    for number in range(100):
+        own.hand_over("key", lambda: relay, f"u{number}")
+    assert time.monotonic() - began < 10
 
 
 def test_relay_is_let_go_when_all_is_delivered(own: Courier, eventually: Eventually) -> None:

@@ -42,13 +42,13 @@ class Relay(Protocol):
 class _Desk:
     """What is to be delivered by one relay. Guarded by the courier's lock, but for the relay, which is the thread's."""
 
-    __slots__ = ("arrived", "busy_since", "relay", "resumes_at", "units")
+    __slots__ = ("arrived", "relay", "resumes_at", "stuck_since", "units")
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.units: deque[str] = deque(maxlen=MOST_UNITS)
         self.arrived = threading.Event()  # set when what waits now has been seen to
-        self.busy_since: float | None = None
+        self.stuck_since: float | None = None  # since when something waits, or is being delivered
         self.resumes_at = 0.0
 
 
@@ -71,15 +71,25 @@ class Courier:
                 logger.warning("messages of %d transactions wait: further ones are left to a relay", MOST_UNITS)
             desk.units.append(unit)
             arrived = desk.arrived
-            patience = PATIENCE if desk.busy_since is None else PATIENCE - (now - desk.busy_since)
-            if desk.resumes_at > now:
-                patience = 0.0
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="tta_sync-outbox", daemon=True)
-                self._thread.start()
+            if desk.stuck_since is None:
+                desk.stuck_since = now
+            patience = 0.0 if desk.resumes_at > now else PATIENCE - (now - desk.stuck_since)
+            if not self._has_thread():
+                return
             self._changed.notify()
         if patience > 0 and not _on_a_loop():
             arrived.wait(patience)
+
+    def _has_thread(self) -> bool:
+        if self._thread is None or not self._thread.is_alive():
+            thread = threading.Thread(target=self._run, name="tta_sync-outbox", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads, or the interpreter ends; the commit has succeeded
+                logger.warning("no thread to deliver the outbox (%s): what was written is left to a relay", error)
+                return False
+            self._thread = thread
+        return True
 
     def _run(self) -> None:
         while True:
@@ -95,7 +105,7 @@ class Courier:
                 arrived = desk.arrived
                 if not desk.units:
                     desk.arrived = threading.Event()
-                desk.busy_since = time.monotonic()
+                desk.stuck_since = time.monotonic()
             try:
                 clear = desk.relay.deliver(units)
             except Exception:
@@ -104,12 +114,14 @@ class Courier:
                 )
                 clear = True
             with self._changed:
-                desk.busy_since = None
+                desk.stuck_since = time.monotonic() if desk.units else None
                 if not clear:
                     desk.units.extendleft(reversed(units[: MOST_UNITS - len(desk.units)]))
                     desk.resumes_at = time.monotonic() + desk.relay.pause
                 elif not desk.units:
                     self._desks.pop(key, None)  # with the relay, which must not keep an engine alive
+                elif key in self._desks:
+                    self._desks[key] = self._desks.pop(key)  # behind the others
                 if not clear or arrived is not desk.arrived:
                     arrived.set()
             del desk, found
