@@ -116,7 +116,7 @@ class ManagedLoop:
         return threading.local()
 
     def _new_lock(self) -> Any:
-        return native.new_lock()
+        return native.new_waiter()
 
     def _spawn(self, target: Callable[[], object], name: str) -> None:
         # Through a bare thread: Thread.start() waits for the new one on a Condition, which a signal's exception breaks.

@@ -25,6 +25,15 @@ def new_lock() -> Any:
     return lock
 
 
+def new_waiter() -> Any:
+    """Return what one thread waits on and others release: the C library's semaphore, else a raw lock."""
+    try:
+        from tta_sync.runtime.semaphore import Semaphore
+    except ImportError:
+        return new_lock()
+    return Semaphore()
+
+
 def threads_are_greenlets() -> bool:
     """Say whether gevent has patched threading in this process."""
     monkey = sys.modules.get("gevent.monkey")
