@@ -422,9 +422,9 @@ class SyncFacade:
             if loop is None:  # it died at once
                 return self._start()
         loop.start()
-        if loop is made and self._closed_in == number:  # shut down meanwhile
-            loop.shutdown(0.0)
         self._loop = loop
+        if loop is made and self._closed_in == number and not loop.refusing:  # shut down before it could see this loop
+            loop.shutdown(0.0)
         return loop
 
     def _make_loop(self, totals: Totals) -> ManagedLoop:
@@ -449,18 +449,24 @@ class SyncFacade:
         forked later the facade works again.
         """
         self._closed_in = generation.current.number
-        loop = self._loop
-        if loop is None or loop.generation != generation.current.number or loop.dead:
-            return
-        if get_ident() == loop.ident:
+        loops = self._living()
+        if any(get_ident() == loop.ident for loop in loops):
             raise LoopUnavailableError("shutdown() was called from the loop thread: call it from another")
-        loop.shutdown(timeout)
+        stop_all(loops, timeout, self.grace)
 
     def __del__(self) -> None:
-        loop = getattr(self, "_loop", None)
-        if loop is not None and loop.generation == generation.current.number and not loop.dead and not _exit.begun:
-            loop.refuse()  # nobody can call it any more
-            loop.begin_stopping(loop.grace)
+        if not getattr(_exit, "begun", True) and hasattr(self, "_loops"):  # None when the interpreter ends
+            for loop in self._living():
+                loop.refuse()  # nobody can call it any more
+                loop.discard_unstarted()
+                if not loop.dead:
+                    loop.begin_stopping(loop.grace)
+
+    def _living(self) -> list[ManagedLoop]:
+        """Return this process's loop, if it lives; a first call that was interrupted may have left it in here only."""
+        number = generation.current.number
+        loops = [loop for (made_in, _), loop in list(self._loops.items()) if made_in == number]
+        return [loop for loop in loops if loop is not None and not loop.dead]
 
     # ---- introspection ---------------------------------------------------------------------------------------------
 

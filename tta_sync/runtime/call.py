@@ -164,9 +164,13 @@ class Call:
                     context.deadline.struck = True  # a breaker inside will ask why it was cancelled
             self.task.cancel()
 
-    def step_left_behind(self) -> None:
-        """Count a step of this call that ran on after it was cut. Loop thread only."""
+    def step_left_behind(self) -> str | None:
+        """Count a step of this call that ran on after it was cut; "quietly" when it is cut because all ends.
+
+        Loop thread only.
+        """
         self.loop.totals.add("orphans")
+        return "quietly" if self.loop.refusing else None
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         """Hand the outcome to the caller. Loop thread only, or whoever buries a dead loop."""

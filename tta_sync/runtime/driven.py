@@ -15,22 +15,20 @@ strike between taking a lock and noting that one has it, but never hides who hol
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # signal wraps numbers in enums, at ten times the cost
 import asyncio
-import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
 from tta_sync.runtime.frames import OUTER_EDGE
-from tta_sync.runtime.loop import ManagedLoop
+from tta_sync.runtime.loop import ManagedLoop, Totals
+from tta_sync.runtime.signals import HeldBack
 
 VACANCY = 0.01
 """Seconds for which the baton may lie before the standby driver takes it."""
@@ -38,11 +36,19 @@ POLL = 0.02
 DOZE = 0.5
 """Seconds between two looks of the standby driver: while calls come and go, and when nothing has happened for long."""
 
-_NAMES = (
-    "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCHLD "
-    "SIGCONT SIGTSTP SIGXCPU SIGVTALRM SIGPROF SIGWINCH SIGIO"
-)
-_SIGNALS = tuple(getattr(signal, name) for name in _NAMES.split() if hasattr(signal, name))
+
+class _Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop. Where user code calls ``stop``, it is counted; the runtime itself calls ``halt``."""
+
+    def __init__(self, totals: Totals) -> None:
+        super().__init__()
+        self._totals = totals
+
+    def stop(self) -> None:
+        self._totals.add("restarts")
+        super().stop()
+
+    halt = asyncio.SelectorEventLoop.stop
 
 
 class DrivenCall(Call):
@@ -54,14 +60,14 @@ class DrivenCall(Call):
 
     def wake(self) -> None:
         if self.loop.driver is self:
-            self.loop.loop.stop()
+            self.loop.loop.halt()
         else:
             super().wake()
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         super().finish(result, error)
         if self.loop.driver is self:
-            self.loop.loop.stop()
+            self.loop.loop.halt()
 
     def expire(self) -> None:
         super().expire()
@@ -74,9 +80,9 @@ class DrivenLoop(ManagedLoop):
     """A managed loop that its callers drive in turn."""
 
     call_class = DrivenCall
+    loop: _Loop
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
         self._baton: dict[str, list[int]] = {}  # "holder" -> its mark; setdefault and pop are atomic
         self._standby = native.new_lock()
         self._vacant_since = time.monotonic()
@@ -85,7 +91,17 @@ class DrivenLoop(ManagedLoop):
         self._suspect_since = 0.0
         self._failures: deque[float] = deque(maxlen=3)
         self._broken = False
+        self._held_back: HeldBack | None = None
+        self._watched = 0  # the thread that turned the loop last
         self.driver: Call | None = None
+        super().__init__(**options)
+        self._set_up()  # now, while nobody turns the loop
+
+    def _new_loop(self, use_uvloop: bool) -> _Loop:
+        return _Loop(self.totals)
+
+    def _halt(self) -> None:
+        self.loop.halt()
 
     # ---- the baton -------------------------------------------------------------------------------------------------
 
@@ -118,25 +134,36 @@ class DrivenLoop(ManagedLoop):
         except RuntimeError:
             pass
 
+    def discard_unstarted(self) -> None:
+        """Throw the loop away if nobody has ever turned it; where callers did, the standby driver ends it."""
+        if self._watched:
+            self.start()
+        else:
+            super().discard_unstarted()
+
     # ---- the standby driver ----------------------------------------------------------------------------------------
 
     def _run_forever(self) -> None:
         try:
-            self._set_up()
             while not self._broken and not self.stopping:
-                self._standby.acquire(True, DOZE if self._dozing else POLL)
+                held_back = self._held_back
+                if held_back is not None and held_back.came:
+                    self._standby.acquire(True, POLL)
+                    held_back.insist()
+                else:
+                    self._standby.acquire(True, DOZE if self._dozing else POLL)
                 self._find_lost_baton()
                 vacant = time.monotonic() - self._vacant_since
                 if self.refusing or (vacant > VACANCY and self._has_business()):
                     mark = [native.get_ident()]
                     try:
                         if self._take(mark):
-                            self._turn(None)
+                            self.turn(None)
                     finally:
                         self._pass_on(mark)
                 elif vacant > 1.0:
                     self._dozing = True
-        except OSError as error:  # the loop's descriptors were closed under it
+        except Exception as error:  # the loop was closed under it
             self.death = error
         finally:
             self._broken = True
@@ -160,66 +187,55 @@ class DrivenLoop(ManagedLoop):
 
     # ---- driving ---------------------------------------------------------------------------------------------------
 
-    def _turn(self, call: Call | None) -> None:
+    def turn(self, call: Call | None) -> None:
         """Run the loop until someone stops it. Holder of the baton only."""
-        self.ident = native.get_ident()
+        ident = self.ident = native.get_ident()
         self.driver = call
+        if ident != self._watched:
+            self._watched = ident
+            self.watchdog.notice_thread()
         try:
             self._drain()
-            if self.refusing or (not self._is_wanted() if call is None else not call.done):
+            wanted = self.refusing or not self._is_wanted() if call is None else not call.done
+            if wanted and not self.stopping:
                 self.loop.run_forever()
-        except (KeyboardInterrupt, SystemExit):
-            pass  # raised by some task, which keeps it: signals are deferred, or go to other threads
         except BaseException as error:
-            self.death = error
-            self._failures.append(time.monotonic())
-            if len(self._failures) == 3 and self._failures[-1] - self._failures[0] < 1.0:
-                self._broken = True  # the standby driver buries it, and only then tells the others
-                self._wake_standby()
+            if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it
+                self._note_failure(error)
+                if call is not None and not isinstance(error, (OSError, RuntimeError, ValueError)):
+                    raise  # thrown into this thread from outside, as RQ's TimerDeathPenalty does: it is the caller's
         finally:
             self.driver = None
             self.ident = 0
 
+    def _note_failure(self, error: BaseException) -> None:
+        self.death = error
+        self._failures.append(time.monotonic())
+        if self.loop.is_closed() or (len(self._failures) == 3 and self._failures[-1] - self._failures[0] < 1.0):
+            self._broken = True  # the standby driver buries it, and only then tells the others
+            self._wake_standby()
+
     def _drive(self, call: Call) -> None:
-        """Drive for *call*; on the main thread, hold back what signal handlers might raise into whichever task runs."""
-        if threading.current_thread() is not threading.main_thread():
-            self._turn(call)
+        """Drive for *call*; on the main thread, with the signals held back."""
+        if native.get_ident() != threading.main_thread().ident:
+            self.turn(call)
             return
-        deferred: list[int] = []
-        handlers: dict[int, Any] = {}
-        driving = True
-
-        def defer(number: int, frame: FrameType | None) -> None:
-            if not driving:  # a signal struck while the handlers were put back, and this one was left behind
-                _signal.signal(number, handlers[number])
-                handlers[number](number, frame)
-                return
-            deferred.append(number)
-            self.loop.stop()
-            if self._bell >= 0:
-                os.eventfd_write(self._bell, 1)  # a selector goes on waiting after a handler that does not raise
-
+        held_back = self._held_back = HeldBack(self, call)
         try:
-            for number in _SIGNALS:
-                handler = _signal.getsignal(number)
-                if callable(handler):
-                    handlers[number] = handler
-                    _signal.signal(number, defer)
-            self._turn(call)
+            held_back.turn()
         finally:
-            driving = False
-            for number, handler in handlers.items():
-                if _signal.getsignal(number) is defer:  # else a coroutine has set its own
-                    _signal.signal(number, handler)
-            if deferred:
-                for number in deferred[1:]:
-                    signal.raise_signal(number)  # their turn comes when this one has been dealt with
-                handlers[deferred[0]](deferred[0], None)
+            self._held_back = None
+
+    def let_go(self) -> None:
+        """Make the driver leave the loop. Its own thread, in a signal handler too."""
+        self.loop.halt()
+        self._wake_standby()
+        self.post(self._drain)  # a selector goes on waiting after a handler that does not raise
 
     def _drain(self) -> None:
         super()._drain()
         if self.driver is None and not self.refusing and self.loop.is_running() and self._is_wanted():
-            self.loop.stop()  # the standby driver makes room for a caller
+            self.loop.halt()  # the standby driver makes room for a caller
 
     # ---- the caller's side -----------------------------------------------------------------------------------------
 
@@ -255,7 +271,7 @@ class DrivenLoop(ManagedLoop):
         timer = None
         mark: list[int] = [native.get_ident()]
         try:
-            if not self._broken and self._take(mark):
+            if not self._broken and not self.stopping and self._take(mark):
                 if call.began:
                     timer = self.loop.call_later(seconds, call.wake)
                 self._drive(call)
@@ -277,4 +293,15 @@ class DrivenLoop(ManagedLoop):
         self._wake_standby()
 
 
-OUTER_EDGE.add(DrivenLoop._turn.__code__)
+def _comes_from_a_callback(error: BaseException) -> bool:
+    entry: TracebackType | None = error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code is _RUN_HANDLE:
+            return True
+        entry = entry.tb_next
+    return False
+
+
+_RUN_HANDLE = asyncio.Handle._run.__code__
+
+OUTER_EDGE.add(DrivenLoop.turn.__code__)

@@ -144,6 +144,15 @@ class ManagedLoop:
         self.stopping = True
         self._bury()
 
+    def discard_unstarted(self) -> None:
+        """Throw the loop away if no thread turns it and nobody waits for one: a signal struck before it was started."""
+        if not self.calls:
+            try:
+                self._unclaimed.pop()
+            except IndexError:
+                return
+            self.discard()
+
     def _run_forever(self) -> None:
         self.ident = native.get_ident()
         loop = self.loop
@@ -244,34 +253,47 @@ class ManagedLoop:
     def desert(self) -> None:
         """Leave a loop that something blocks for good: its callers at least are told. The thread is a daemon."""
         self.stopping = True
+        self.post(self._stop_deserted)
         for call in list(self.calls):
             if not call.done:
                 call.finish(None, self.gone())
+
+    def _stop_deserted(self) -> None:
+        if self._closing is None or self._closing.done():  # else that stops the loop, at its end
+            self._halt()
 
     def _begin_stopping(self, grace: float) -> None:
         if self._closing is None:
             self._closing = self.loop.create_task(self._close(grace), name="tta_sync-shutdown")
 
     async def _close(self, grace: float) -> None:
-        self._drain()
-        for call in list(self.calls):
-            if call.why is None:
-                call.why = STOPPED
-        # What an open resource has started for itself ends when that is closed, not before.
-        me = asyncio.current_task()
-        left_over = [
-            task for task in asyncio.all_tasks() if task is not me and not belongs_to_a_resource(context_of(task))
-        ]
-        for task in left_over:
-            task.cancel()
-        if left_over:
-            await asyncio.wait(left_over, timeout=grace)
-        await self.resources.close(min(grace, 0.5))
         try:
-            await asyncio.wait_for(self.loop.shutdown_asyncgens(), 0.2)
-        except TimeoutError:
-            pass  # a generator that will not end; the process does
-        self.stopping = True
+            self._drain()
+            for call in list(self.calls):
+                if call.why is None:
+                    call.why = STOPPED
+            # What an open resource has started for itself ends when that is closed, not before.
+            me = asyncio.current_task()
+            left_over = [
+                task for task in asyncio.all_tasks() if task is not me and not belongs_to_a_resource(context_of(task))
+            ]
+            for task in left_over:
+                task.cancel()
+            if left_over:
+                try:
+                    await asyncio.wait(left_over, timeout=grace)
+                except asyncio.CancelledError:
+                    pass  # one of them cancels all tasks there are
+            await self.resources.close(min(grace, 0.5))
+            try:
+                await asyncio.wait_for(self.loop.shutdown_asyncgens(), 0.2)
+            except TimeoutError:
+                pass  # a generator that will not end; the process does
+        finally:  # also where somebody cancels all tasks, this one with them: the thread must end
+            self.stopping = True
+            self._halt()
+
+    def _halt(self) -> None:
         self.loop.stop()
 
     # ---- the caller's side -----------------------------------------------------------------------------------------
@@ -529,6 +551,8 @@ class ManagedLoop:
         watchdog = self.watchdog
         if watchdog.parked:
             watchdog.unpark()
+        if self.stopping:
+            return  # the last turn is over: a task made now would never begin; its caller is told by _bury
         while True:
             while queue:
                 call = queue.popleft()
@@ -595,6 +619,7 @@ def stop_all(loops: list[ManagedLoop], timeout: float, grace: float) -> None:
     """Shut *loops* down side by side: *timeout* to finish, *grace* to clean up, and half a second to end."""
     for managed in loops:
         managed.refuse()
+        managed.discard_unstarted()
     end = time.monotonic() + timeout
     while any(managed.calls and not managed.dead for managed in loops) and time.monotonic() < end:
         time.sleep(0.002)

@@ -66,9 +66,14 @@ class Watchdog:
         except RuntimeError:
             pass
 
-    def _answer(self) -> None:
-        if self._cpu_clock is None and hasattr(time, "pthread_getcpuclockid"):
+    def notice_thread(self) -> None:
+        """Watch the current thread from now on: it turns the loop."""
+        if hasattr(time, "pthread_getcpuclockid"):
             self._cpu_clock = time.pthread_getcpuclockid(native.get_ident())
+
+    def _answer(self) -> None:
+        if self._cpu_clock is None:
+            self.notice_thread()
         self._answered = time.monotonic()
 
     def watch(self) -> None:

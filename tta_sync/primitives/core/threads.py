@@ -8,6 +8,7 @@ takes longer than they may.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -52,10 +53,10 @@ class Errand:
             abandoned.discard(self)
             return
         count = getattr(current_caller.get(), "step_left_behind", None)
-        if count is not None:
-            count()
+        # While the process exits nobody reads this, and stderr is all that is left to print it.
+        level = logging.DEBUG if count is not None and count() == "quietly" else logging.WARNING
         reason = "its thread cannot be interrupted"
-        events.logger.warning("%s runs on as an orphan: %s; it stands at %s", self._name, reason, self._where())
+        events.logger.log(level, "%s runs on as an orphan: %s; it stands at %s", self._name, reason, self._where())
         if events.bus.emit is not None:
             events.bus.emit(events.CallOrphaned(step=self._name, reason=reason, age=time.monotonic() - self._began))
 
