@@ -23,7 +23,11 @@ import pytest
 import tta_sync
 from tta_sync.facade import SyncFacade
 
-FACADES: dict[str, dict[str, Any]] = {"thread-asyncio": {}, "thread-uvloop": {"use_uvloop": True}}
+FACADES: dict[str, dict[str, Any]] = {
+    "thread-asyncio": {},
+    "thread-uvloop": {"use_uvloop": True},
+    "caller": {"drive": "caller"},
+}
 """The ways in which a facade may drive its loop, as its options: every hazard is tested under each of them."""
 
 PACKAGE = Path(tta_sync.__file__).parent
@@ -40,8 +44,37 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_facade(options: dict[str, Any]) -> Iterator[Callable[..., SyncFacade]]:
-    """``make_facade(max_in_flight=..., ...)``: a facade of this kind, shut down after the test."""
+def callers_drive(options: dict[str, Any]) -> bool:
+    """Whether the waiting caller turns the loop itself: what blocks the loop then blocks its own caller."""
+    return options.get("drive") == "caller"
+
+
+@pytest.fixture
+def threads_end() -> Callable[[], None]:
+    """``threads_end()``: wait for the end of all threads that the runtime has started since the test began."""
+    before = set(threading.enumerate())
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("tta_sync-")]
+
+    def wait() -> None:
+        give_up = time.monotonic() + PATIENCE
+        while left():
+            if time.monotonic() > give_up:
+                frames = sys._current_frames()
+                stacks = [
+                    f"{thread.name}:\n{''.join(traceback.format_stack(frames.get(thread.ident or 0)))}"
+                    for thread in left()
+                ]
+                pytest.fail("threads of the runtime that do not end:\n" + "\n".join(stacks))
+            time.sleep(0.002)
+
+    return wait
+
+
+@pytest.fixture
+def make_facade(options: dict[str, Any], threads_end: Callable[[], None]) -> Iterator[Callable[..., SyncFacade]]:
+    """``make_facade(max_in_flight=..., ...)``: a facade of this kind, shut down after the test with all its threads."""
     made: list[SyncFacade] = []
 
     def make(**more: Any) -> SyncFacade:
@@ -51,6 +84,7 @@ def make_facade(options: dict[str, Any]) -> Iterator[Callable[..., SyncFacade]]:
     yield make
     for facade in made:
         facade.shutdown(0.0)
+    threads_end()
 
 
 @pytest.fixture

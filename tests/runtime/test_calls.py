@@ -53,7 +53,7 @@ def test_calls_overlap_when_they_wait(facade, in_thread):
         inside.append(1)
         while len(inside) < everybody:
             await asyncio.sleep(0.001)
-        return threading.get_ident()
+        return id(asyncio.get_running_loop())
 
     assert len({future.result(20) for future in [in_thread(facade.call_sync, meet) for _ in range(everybody)]}) == 1
 
@@ -299,12 +299,12 @@ def test_call_is_refused_when_made_inside_asyncio_run(facade, warm, works):
 
 
 def test_call_is_answered_when_the_thread_has_the_ident_of_a_dead_loop_thread(facade, in_thread, works):
-    """Thread idents are reused: a thread that got the ident of a loop thread long gone is not taken for it."""
+    """Thread idents are reused: a thread with the ident of one that turned a loop, long gone, is not taken for it."""
 
     async def who():
         return threading.get_ident()
 
-    dead = facade.call_sync(who)
+    dead = in_thread(facade.call_sync, who).result(20)
     facade._loop.shutdown(0.0)
     answers, give_up = [], time.monotonic() + 0.5
 

@@ -3,6 +3,8 @@
 CPython runs signal handlers, and delivers exceptions thrown from other threads, after a call returns, at a function's
 entry and at backward jumps. A tracer finds these points while a call is on its way and strikes at the first, then at
 the second, and so on until a call gets through untouched. No luck is involved, as it is in a storm of signals.
+
+What strikes on the caller's thread is a real signal's handler, so that a runtime which holds signals back may do so.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ import pytest
 
 import tta_sync
 from tta_sync import run_on_caller
-from tta_sync.exceptions import DeadlineExceededError, TTASyncError
+from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, TTASyncError
 
 PACKAGE = str(Path(tta_sync.__file__).parent)
 CALLS = frozenset(dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "RESUME"))
@@ -85,6 +87,19 @@ def strike():
     raise Strike
 
 
+@pytest.fixture
+def strike_by_signal():
+    """Raise Strike by a real signal's handler, on the main thread: at once, or when the runtime delivers it."""
+
+    def handler(_signum, _frame):
+        raise Strike
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    yield lambda: signal.raise_signal(signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGUSR2) is handler, "the runtime has not put the handler back"
+    signal.signal(signal.SIGUSR2, before)
+
+
 def raising(error):
     def raises():
         raise error
@@ -143,7 +158,9 @@ SCENARIOS = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(make_facade, eventually, scenario):
+def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(
+    make_facade, eventually, scenario, strike_by_signal
+):
     """Wherever in the caller's way an interrupt lands: it comes out itself, nothing runs on, no place stays taken."""
     body, timeout = SCENARIOS[scenario]
     facade = make_facade(max_in_flight=1)
@@ -151,7 +168,7 @@ def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(ma
     counted = Counted(body)
     for at in range(1, POINTS):
         came_out = None
-        with Tracer(at, strike) as tracer:
+        with Tracer(at, strike_by_signal) as tracer:
             try:
                 facade.call_sync(counted, timeout=timeout)
             except Strike as error:
@@ -167,13 +184,14 @@ def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(ma
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # loops that were struck unborn
-def test_facade_is_sound_when_an_interrupt_lands_at_any_point_of_its_first_call(make_facade, eventually):
-    """The same for the call that starts the loop: the next one is answered, and one loop thread at most is left."""
+def test_facade_is_sound_when_an_interrupt_lands_at_any_point_of_its_first_call(
+    make_facade, threads_end, eventually, strike_by_signal
+):
+    """The same for the call that starts the loop: the next one is answered, and no thread is left in the end."""
     for at in range(1, POINTS):
         facade, counted = make_facade(max_in_flight=1), Counted(short)
-        before = set(threading.enumerate())
         came_out = None
-        with Tracer(at, strike) as tracer:
+        with Tracer(at, strike_by_signal) as tracer:
             try:
                 facade.call_sync(counted)
             except Strike as error:
@@ -183,12 +201,27 @@ def test_facade_is_sound_when_an_interrupt_lands_at_any_point_of_its_first_call(
         assert came_out is not None, f"struck at {tracer.where}: the interrupt was lost"
         is_sound(facade, counted, eventually, tracer.where)
         facade.shutdown(0.0)
-        eventually(
-            lambda before=before: (
-                not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("tta_sync-")]
-            ),
-            what=f"the end of all threads that were started when struck at {tracer.where}",
-        )
+        threads_end()
+    assert at > 25, "the tracer found no points: it tests nothing"
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # loops that were struck unborn
+def test_shutdown_ends_all_threads_when_an_interrupt_landed_at_any_point_of_the_first_call(
+    make_facade, threads_end, strike_by_signal
+):
+    """A first call that was cut off leaves no loop behind that nobody knows of: shutdown ends what it has started."""
+    for at in range(1, POINTS):
+        facade = make_facade()
+        with Tracer(at, strike_by_signal) as tracer:
+            try:
+                facade.call_sync(short)
+            except Strike:
+                pass
+        facade.shutdown(0.0)
+        if tracer.where is None:
+            break
+        threads_end()
     assert at > 25, "the tracer found no points: it tests nothing"
     gc.collect()
 
@@ -216,14 +249,14 @@ async def hit_in_a_step():
 
 @pytest.mark.parametrize("body", [hit_in_the_wait, hit_in_a_step], ids=lambda body: body.__name__)
 def test_nothing_runs_on_silently_when_a_second_interrupt_lands_at_any_point(
-    make_facade, eventually, caplog, on_signal, body
+    make_facade, eventually, caplog, on_signal, strike_by_signal, body
 ):
     """A second interrupt anywhere behind the first: one of the two comes out, and the coroutine is cancelled still."""
     caplog.set_level("CRITICAL")  # orphans for a moment, by the dozen
     facade, counted = make_facade(max_in_flight=1), Counted(body)
     facade.call_sync(answer)
     for at in range(1, POINTS):
-        tracer = Tracer(at, strike, armed=False)
+        tracer = Tracer(at, strike_by_signal, armed=False)
 
         def first(tracer=tracer):
             tracer.armed = True
@@ -245,40 +278,49 @@ def test_nothing_runs_on_silently_when_a_second_interrupt_lands_at_any_point(
     assert at > 5, "the tracer found no points: it tests nothing"
 
 
-def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(make_facade, in_thread, eventually):
-    """A finalizer, or a handler, that calls the facade at any point of a call on the same thread gets its answer."""
+def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(make_facade, callers_drive, in_thread):
+    """A finalizer, or a handler, that calls the facade at any point of a call on the same thread gets its answer.
+
+    Where this thread turns the loop just then, it gets the error that is named for it.
+    """
+
+    def finalizer(facade, answers):
+        try:
+            answers.append(facade.call_sync(answer))
+        except LoopUnavailableError:
+            answers.append("refused")
 
     def first_calls():
         for at in itertools.count(1):
             facade, answers = make_facade(), []
-            with Tracer(at, lambda facade=facade, answers=answers: answers.append(facade.call_sync(answer))) as tracer:
+            with Tracer(at, lambda facade=facade, answers=answers: finalizer(facade, answers)) as tracer:
                 now.append(tracer)
                 assert facade.call_sync(short) == 42
             facade.shutdown(0.0)
             if tracer.where is None:
-                return at
-            assert answers == ["answered"], tracer.where
-        return None
+                return
+            got.append((tracer.where, answers))
 
     def later_calls():
         facade = make_facade()
         facade.call_sync(answer)
         for at in itertools.count(1):
             answers = []
-            with Tracer(at, lambda answers=answers: answers.append(facade.call_sync(answer))) as tracer:
+            with Tracer(at, lambda answers=answers: finalizer(facade, answers)) as tracer:
                 now.append(tracer)
                 assert facade.call_sync(with_steps) == 42
             if tracer.where is None:
-                return at
-            assert answers == ["answered"], tracer.where
-        return None
+                return
+            got.append((tracer.where, answers))
 
-    now = []
     for calls in (later_calls, first_calls):
+        now, got = [], []
         try:
-            assert in_thread(calls).result(30) > 12
+            in_thread(calls).result(60)
         except TimeoutError:
             pytest.fail(f"it hangs when a finalizer calls at {now[-1].where}")
+        assert sum(answers == ["answered"] for _, answers in got) > 10
+        assert [entry for entry in got if entry[1] not in (["answered"], ["refused"] if callers_drive else None)] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that were struck unborn
@@ -291,19 +333,23 @@ def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_
     facade.call_sync(answer)
     slowest, at = 0.0, 0
 
-    async def traced(tracer):
-        # On the loop's thread: frames that begin from now on are traced.
+    async def traced(tracer, inside, release):
+        # On the thread that turns the loop, and where callers drive this call's own thread goes on turning it for the
+        # others: frames that begin from now on are traced.
         sys.settrace(tracer)
-
-    async def untraced():
-        sys.settrace(None)
+        inside.set()
+        try:
+            while not release.is_set():
+                await asyncio.sleep(0.002)
+        finally:
+            sys.settrace(None)
 
     for at in range(1, POINTS):
-        tracer = Tracer(at, raising(Strike()))
-        try:
-            facade.call_sync(traced, tracer)
-        except Strike:  # it struck the end of this very call
-            assert tracer.where is not None
+        tracer = Tracer(at, raising(Strike()), armed=False)
+        inside, release = threading.Event(), threading.Event()
+        turning = in_thread(facade.call_sync, traced, tracer, inside, release)
+        assert inside.wait(20)
+        tracer.armed = True
         begun = time.monotonic()
         calls = [in_thread(facade.call_sync, short), in_thread(facade.call_sync, with_steps)]
         outcomes = []
@@ -319,7 +365,8 @@ def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_
             outcomes,
         )
         tracer.armed = False
-        facade.call_sync(untraced, timeout=10)
+        release.set()
+        assert isinstance(turning.exception(20), (type(None), Strike, TTASyncError)), tracer.where
         if tracer.where is None:
             break
     assert at > 12, "the tracer found no points: it tests nothing"

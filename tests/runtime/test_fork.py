@@ -112,15 +112,15 @@ def test_child_answers_when_forked_while_another_thread_starts_the_loop(make_fac
 
     facade = make_facade()
     entered, go_on = threading.Event(), threading.Event()
-    real, parent = ManagedLoop._new_loop, os.getpid()
+    real, parent = ManagedLoop._new_local, os.getpid()
 
-    def slow(self, *args):
+    def slow(self):
         if os.getpid() == parent:
             entered.set()
             go_on.wait(20)
-        return real(self, *args)
+        return real(self)
 
-    monkeypatch.setattr(ManagedLoop, "_new_loop", slow)
+    monkeypatch.setattr(ManagedLoop, "_new_local", slow)
     first = in_thread(facade.call_sync, add, 1, 2)
     assert entered.wait(20)
     try:
@@ -196,6 +196,27 @@ def test_child_answers_when_forked_on_the_loop_thread(facade, in_child):
 
     assert facade.call_sync(forks, timeout=30) == "42"
     assert facade.call_sync(steps, 1, 2, timeout=20) == 3
+
+
+def test_childs_signal_handlers_are_called_when_it_was_forked_on_the_loop_thread(facade, in_child):
+    """A child forked by a coroutine hears its signals at once, though its parent may hold them back for the loop."""
+    noted = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: noted.append(os.getpid()))
+
+    def child():
+        signal.raise_signal(signal.SIGUSR1)
+        assert facade.call_sync(add, 1, 2) == 3
+        signal.raise_signal(signal.SIGUSR1)
+        return noted == [os.getpid()] * 2
+
+    async def forks():
+        return in_child(child)
+
+    try:
+        assert facade.call_sync(forks, timeout=30) == "True"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert noted == []
 
 
 @pytest.mark.parametrize("first", ["parent", "child"])

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -13,7 +14,7 @@ from rq.timeouts import JobTimeoutException, TimerDeathPenalty, UnixSignalDeathP
 from tta_sync import run_on_caller
 from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import register_interrupt
-from tta_sync.runtime import call as call_module
+from tta_sync.runtime import call as call_module, loop as loop_module
 
 
 class Alarm(Exception):
@@ -32,7 +33,7 @@ def sleeper(send, cleaned, clean_up=0.0):
             await asyncio.sleep(3600)
         finally:
             await asyncio.sleep(clean_up)
-            cleaned.append(threading.get_ident())
+            cleaned.append(1)
 
     return sleeps
 
@@ -45,8 +46,7 @@ def test_original_comes_out_after_clean_up_when_raised_in_the_wait(facade, inter
     with pytest.raises(type(error)) as caught:
         facade.call_sync(sleeper(lambda: interrupt(error), cleaned, clean_up=0.05), timeout=timeout)
     assert caught.value is error
-    assert len(cleaned) == 1  # before it came out, on the loop's thread
-    assert cleaned[0] != threading.get_ident()
+    assert len(cleaned) == 1  # before it came out
     assert facade.in_flight() == []
     assert facade.stats().orphans == 0
     works(facade)
@@ -155,6 +155,133 @@ def test_orphan_is_counted_named_and_logged_when_the_cancel_is_swallowed(
     release.set()
     eventually(lambda: facade.in_flight() == [], what="the orphan's end")
     assert facade.stats().orphans == 1
+
+
+@pytest.fixture
+def until_blocked(eventually):
+    """``until_blocked(inside)``: return when a thread that has set *inside* stands still in ``Event.wait``.
+
+    A signal that comes just before the system's wait begins is noticed by CPython only when that wait ends.
+    """
+
+    def wait(inside):
+        assert inside.wait(20)
+        eventually(lambda: threading.Condition.wait.__code__ in {f.f_code for f in sys._current_frames().values()})
+        time.sleep(0.02)
+
+    return wait
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_original_comes_out_soon_when_the_coroutine_blocks(
+    make_facade, interrupt, in_thread, until_blocked, works, error, when
+):
+    """Code that blocks the loop holds no interrupt back, whether it came before the block began or later."""
+    facade = make_facade(grace=0.05)
+    inside, release = threading.Event(), threading.Event()
+
+    async def blocks():
+        if when == "before":
+            interrupt(error)
+        inside.set()
+        release.wait(20)
+
+    def strike():
+        until_blocked(inside)
+        interrupt(error)
+
+    if when == "during":
+        in_thread(strike)
+    before = time.monotonic()
+    try:
+        with pytest.raises(type(error)) as caught:
+            facade.call_sync(blocks)
+    finally:
+        release.set()
+    assert caught.value is error
+    assert time.monotonic() - before < 10
+    works(facade)
+
+
+@pytest.mark.parametrize("order", [["raises", "notes"], ["notes", "raises"]], ids=lambda order: order[0])
+@pytest.mark.parametrize("blocks", [False, True], ids=["waits", "blocks"])
+def test_every_handler_is_called_when_signals_come_together_and_one_raises(
+    make_facade, interrupt, in_thread, until_blocked, eventually, works, order, blocks
+):
+    """A handler that raises keeps none from being called: a server's SIGTERM is not lost behind a job's timeout."""
+    facade = make_facade(grace=0.05)
+    noted, error, inside, release = [], Alarm(), threading.Event(), threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append((number, frame.f_code is not None)))
+
+    async def waits():
+        inside.set()
+        if blocks:
+            release.wait(20)
+        await asyncio.sleep(3600)
+
+    def send():
+        if blocks:
+            until_blocked(inside)
+        assert inside.wait(20)
+        for what in order:
+            if what == "raises":
+                interrupt(error)
+            else:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    in_thread(send)
+    try:
+        with pytest.raises(Alarm) as caught:
+            facade.call_sync(waits)
+        assert caught.value is error
+        eventually(lambda: noted == [(signal.SIGTERM, True)])
+    finally:
+        release.set()
+        signal.signal(signal.SIGTERM, before)
+    works(facade)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["waits", "blocks"])
+def test_call_goes_on_when_a_handler_does_not_raise(facade, in_thread, blocks):
+    """A handler that only takes note is called at once, while the coroutine waits or blocks, and harms no call."""
+    inside, noted = threading.Event(), threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+
+    async def goes_on():
+        inside.set()
+        give_up = time.monotonic() + 20
+        while not noted.is_set() and time.monotonic() < give_up:
+            if blocks:
+                noted.wait(0.5)
+            else:
+                await asyncio.sleep(0.5)
+        return time.monotonic() < give_up
+
+    def send():
+        assert inside.wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    in_thread(send)
+    try:
+        assert facade.call_sync(goes_on) is True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_jobs_timeout_comes_out_when_rqs_timer_penalty_strikes(facade, in_thread, monkeypatch, works):
+    """Off the main thread RQ throws its exception into the waiting thread: it comes out, after the clean-up."""
+    monkeypatch.setattr(loop_module, "LOOK_AGAIN", 0.05)
+    cleaned = []
+
+    def job():
+        with TimerDeathPenalty(0.1, JobTimeoutException, job_id="job"):
+            facade.call_sync(sleeper(lambda: None, cleaned))
+
+    with pytest.raises(JobTimeoutException):
+        in_thread(job).result(20)
+    assert len(cleaned) == 1
+    works(facade)
 
 
 def test_grace_is_one_second_when_nothing_else_is_said(facade, interrupt):
@@ -449,9 +576,17 @@ def test_first_call_of_facades_is_usable_when_a_storm_of_signals_meets_it(run_pr
     assert ended.said == ["usable"]
 
 
-def test_call_is_answered_when_a_signal_ate_the_wake_up(facade, monkeypatch, works):
+def test_call_is_answered_when_a_signal_ate_the_wake_up(facade, in_thread, monkeypatch, works):
     """A signal between arming and ringing leaves the flag armed and the bell silent: the next call looks for itself."""
-    works(facade)
+    inside, release = threading.Event(), threading.Event()
+
+    async def turn():
+        inside.set()
+        while not release.is_set():
+            await asyncio.sleep(0.2)
+
+    turning = in_thread(facade.call_sync, turn)  # where callers drive, this one does: the others have to ring
+    assert inside.wait(20)
     loop = facade._loop
     real, eaten = loop._ring, []
 
@@ -464,5 +599,8 @@ def test_call_is_answered_when_a_signal_ate_the_wake_up(facade, monkeypatch, wor
     monkeypatch.setattr(loop, "_ring", ring)
     with pytest.raises(Alarm):
         facade.call_sync(asyncio.sleep, 0)
+    assert eaten
     loop._armed = True
     works(facade)
+    release.set()
+    turning.result(20)

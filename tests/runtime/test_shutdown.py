@@ -11,6 +11,7 @@ import pytest
 from tta_sync import run_on_caller, step, thread_step
 from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.facade import SyncFacade
+from tta_sync.runtime.loop import ManagedLoop
 
 MARGIN = 1.0  # seconds that shutdown() may take beyond timeout + grace
 NOISE = 2.0  # what a busy machine may add
@@ -24,10 +25,6 @@ def timed(function, *args):
     begun = time.monotonic()
     function(*args)
     return time.monotonic() - begun
-
-
-def loop_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tta_sync-")]
 
 
 def test_calls_raise_loop_unavailable_when_made_after_shutdown(facade, works):
@@ -50,7 +47,7 @@ def test_calls_raise_loop_unavailable_when_shut_down_before_the_first_one(facade
 
 
 @pytest.mark.parametrize("ending", ["shut down", "dropped"])
-def test_threads_and_descriptors_are_gone_when_facades_come_and_go(options, eventually, ending):
+def test_threads_and_descriptors_are_gone_when_facades_come_and_go(options, threads_end, eventually, ending):
     """Thirty facades made, used and shut down, or just dropped, leave no thread and no descriptor."""
 
     def life():
@@ -61,11 +58,11 @@ def test_threads_and_descriptors_are_gone_when_facades_come_and_go(options, even
             facade.shutdown()
 
     life()
-    eventually(lambda: not loop_threads())
+    threads_end()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(30):
         life()
-    eventually(lambda: not loop_threads(), what="the end of the facades' threads")
+    threads_end()
     gc.collect()
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, within=5, what="the return of the descriptors")
 
@@ -96,7 +93,7 @@ def refused(facade):
     return False
 
 
-def test_call_in_flight_is_cancelled_and_cleaned_up_when_the_time_is_over(facade, in_thread, eventually):
+def test_call_in_flight_is_cancelled_and_cleaned_up_when_the_time_is_over(facade, in_thread, threads_end, eventually):
     """What does not end in time is cancelled; it cleans up; its caller gets LoopUnavailableError."""
     cleaned = []
 
@@ -114,10 +111,10 @@ def test_call_in_flight_is_cancelled_and_cleaned_up_when_the_time_is_over(facade
     for call in calls:
         with pytest.raises(LoopUnavailableError, match="shut down"):
             call.result(20)
-    eventually(lambda: not loop_threads())
+    threads_end()
 
 
-def test_shutdown_returns_in_time_when_the_cancel_is_swallowed(make_facade, in_thread, eventually):
+def test_shutdown_returns_in_time_when_the_cancel_is_swallowed(make_facade, in_thread, threads_end, eventually):
     """A coroutine that swallows its cancellation holds shutdown() no longer than timeout + grace + 1 s."""
     facade = make_facade(grace=0.3)
     release = threading.Event()
@@ -135,10 +132,12 @@ def test_shutdown_returns_in_time_when_the_cancel_is_swallowed(make_facade, in_t
     with pytest.raises(LoopUnavailableError):
         call.result(20)
     release.set()
-    eventually(lambda: not loop_threads())
+    threads_end()
 
 
-def test_shutdown_returns_in_time_when_the_loop_is_blocked(make_facade, in_thread, eventually):
+def test_shutdown_returns_in_time_when_the_loop_is_blocked(
+    make_facade, callers_drive, in_thread, threads_end, eventually
+):
     """A blocked loop holds shutdown() no longer either; its callers are told; it ends when it comes free."""
     facade = make_facade(grace=0.2)
     inside, release = threading.Event(), threading.Event()
@@ -152,13 +151,18 @@ def test_shutdown_returns_in_time_when_the_loop_is_blocked(make_facade, in_threa
     behind = in_thread(facade.call_sync, answer)
     eventually(lambda: len(facade.in_flight()) == 2)
     assert timed(facade.shutdown, 0.1) < 0.1 + 0.2 + MARGIN + NOISE
-    for call in (blocking, behind):
-        with pytest.raises(LoopUnavailableError):
-            call.result(20)
+    with pytest.raises(LoopUnavailableError):
+        behind.result(20)
     with pytest.raises(LoopUnavailableError):
         facade.call_sync(answer)
+    if callers_drive:
+        release.set()  # it blocks its own caller, who hears of nothing before, but then may have its result
+        assert isinstance(blocking.exception(20), (LoopUnavailableError, type(None)))
+    else:
+        with pytest.raises(LoopUnavailableError):
+            blocking.result(20)
     release.set()
-    eventually(lambda: not loop_threads(), what="the end of the loop that was blocked")
+    threads_end()
 
 
 def test_left_over_tasks_are_cancelled_and_cleaned_up_when_shut_down(facade):
@@ -180,6 +184,59 @@ def test_left_over_tasks_are_cancelled_and_cleaned_up_when_shut_down(facade):
     assert cleaned == []
     facade.shutdown(0.0)
     assert len(cleaned) == 3
+
+
+def test_all_ends_when_a_task_cancels_all_others_at_shutdown(facade, threads_end):
+    """Code that answers its cancellation by cancelling all tasks does not keep resources open and the loop alive."""
+    from contextlib import asynccontextmanager
+
+    log, tasks = [], set()
+
+    @asynccontextmanager
+    async def client():
+        try:
+            yield "client"
+        finally:
+            log.append("closed")
+
+    shared = facade.resource(client)
+
+    async def background():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            for task in asyncio.all_tasks():
+                task.cancel()
+
+    async def leave():
+        await shared
+        tasks.add(asyncio.create_task(background()))
+
+    facade.call_sync(leave)
+    facade.shutdown(0.0)
+    assert log == ["closed"]
+    threads_end()
+
+
+@pytest.mark.parametrize("slow", ["_new_local", "start"])
+def test_nothing_is_left_when_shut_down_during_the_first_call(make_facade, in_thread, threads_end, monkeypatch, slow):
+    """A shutdown that comes while another thread makes or starts the loop: that call is refused, no thread is left."""
+    facade = make_facade()
+    entered, go_on = threading.Event(), threading.Event()
+    real = getattr(ManagedLoop, slow)
+
+    def slowly(self):
+        entered.set()
+        go_on.wait(20)
+        return real(self)
+
+    monkeypatch.setattr(ManagedLoop, slow, slowly)
+    first = in_thread(facade.call_sync, answer)
+    assert entered.wait(20)
+    facade.shutdown(0.0)
+    go_on.set()
+    assert isinstance(first.exception(20), LoopUnavailableError)
+    threads_end()
 
 
 def test_shutdown_returns_when_two_threads_ask_for_it_at_once(facade, in_thread, eventually):

@@ -72,6 +72,19 @@ def test_blocking_call_is_reported_while_it_lasts(
         assert "block(1.0)" in source.readlines()[line - 1] or "spin" in stall.where
 
 
+def test_computing_is_reported_when_other_threads_have_called_before(
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]], in_thread: Callable[..., Future[Any]]
+) -> None:
+    """Processor time is that of the thread which turns the loop now, whoever has turned it before."""
+    in_thread(facade.call_sync, asyncio.sleep, 0.2).result(10)
+
+    async def blocker() -> None:
+        spin(0.6)
+
+    facade.call_sync(blocker)
+    assert len(stalls) == 1
+
+
 def test_report_names_the_users_line_when_the_block_is_deep_in_a_library(
     facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
 ) -> None:
