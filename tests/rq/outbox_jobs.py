@@ -53,6 +53,11 @@ async def anything(data: Any) -> Any:
     return data
 
 
+@workflow_job("default", idempotent=True, concurrency=2, concurrency_key=lambda data: f"of {data['tenant']}")
+async def a_few(data: Any) -> Any:
+    return data
+
+
 @workflow_job("default", unique=True)
 async def only_once(data: Any) -> Any:
     return data

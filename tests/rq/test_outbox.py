@@ -234,6 +234,16 @@ def test_job_is_there_when_the_commit_returns_unless_something_is_slow(
         assert waiting(engine) == 0
 
 
+def test_large_transaction_is_delivered_as_a_whole_when_it_commits(
+    work: UnitOfWork, engine: sa.Engine, client: Redis, eventually: Eventually
+) -> None:
+    """More than goes in one delivery does not wait for a relay."""
+    with work:
+        ids = [anything.enqueue_on_commit(number) for number in range(230)]
+    eventually(lambda: not waiting(engine))
+    assert queued(client) == ids
+
+
 def test_job_is_not_there_before_the_commit(work: UnitOfWork, client: Redis) -> None:
     """Nobody can run a job whose data others cannot see yet."""
     with work as unit:
@@ -589,6 +599,17 @@ def test_job_is_the_one_that_enqueue_makes(
     assert set(moments) >= MOMENTS or job.get_status() == "deferred"
 
 
+def test_settings_of_the_function_travel(sqlite: sa.Engine, client: Redis, eventually: Eventually) -> None:
+    """What AsyncWorker goes by, idempotence and limits of concurrency, is in the job as enqueue writes it."""
+    direct = jobs.a_few.enqueue({"tenant": "ada"})
+    with unit_of_work(sqlite):
+        job_id = jobs.a_few.enqueue_on_commit({"tenant": "ada"})
+    eventually(lambda: not waiting(sqlite))
+    wanted, found = (WorkflowJob.fetch(name, connection=client).meta["tta_sync"] for name in (direct.id, job_id))
+    assert set(found) == set(wanted) == {"context", "idempotent", "concurrency"}
+    assert found["concurrency"] == wanted["concurrency"] == ["of ada", 2]
+
+
 def test_context_of_the_request_travels_without_its_deadline(
     sqlite: sa.Engine, client: Redis, eventually: Eventually
 ) -> None:
@@ -902,6 +923,79 @@ def test_delivery_of_another_relay_in_between_is_seen(client: Redis) -> None:
     assert queued(client) == ["job-1"]
 
 
+def test_messages_that_have_been_delivered_are_passed_over_among_new_ones(client: Redis) -> None:
+    """A relay that died in the middle: the next one delivers the rest, in its order."""
+    messages = [Message(f"k{number}", "u", _body(f"job-{number}")) for number in range(4)]
+    assert JobDelivery(client).deliver(messages[:2], lambda: True) == {"k0": None, "k1": None}
+    assert consume(client) == 2
+    assert JobDelivery(client).deliver(messages, lambda: True) == dict.fromkeys(["k0", "k1", "k2", "k3"])
+    assert queued(client) == ["job-2", "job-3"]
+
+
+def test_what_a_delivery_keeps_is_bounded(client: Redis) -> None:
+    """Names of queues come from the database: any number of them may pass, not all are kept."""
+    delivery = JobDelivery(client)
+    for number in range(150):
+        delivery.deliver([Message(f"k{number}", "u", _body(f"job-{number}", queue=f"q{number}"))], lambda: True)
+        delivery.forget([f"k{number}", "never heard of"])
+    assert len(delivery._queues) <= 101
+    assert delivery._places == {}
+    assert client.scard("rq:queues") == 150
+
+
+def test_outage_while_markers_are_shortened_is_an_outage(own_redis_server: Any) -> None:
+    """The row is gone by then: the marker just lives longer."""
+    with Redis.from_url(own_redis_server.url) as client:
+        delivery = JobDelivery(client)
+        delivery.deliver([Message("k", "u", _body("job"))], lambda: True)
+        own_redis_server.stop()
+        with pytest.raises(ConnectionError, match="Redis: "):
+            delivery.forget(["k"])
+
+
+def test_failure_of_one_relay_counts_nothing_when_another_could_deliver(
+    sqlite: sa.Engine, nobody_delivers: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On SQLite two may have the same message in hand; the row is gone, and nothing is noted or logged about it."""
+    with unit_of_work(sqlite):
+        anything.enqueue_on_commit(1)
+
+    class Slower:
+        def deliver(self, messages: Any, fresh: Any) -> dict[str, Exception | None]:
+            with sqlite.begin() as connection:
+                connection.execute(sa.delete(outbox_table(Base.metadata)))
+            return {message.key: LookupError("not here") for message in messages}
+
+        def forget(self, keys: Any) -> None: ...
+
+    assert OutboxRelay(sqlite, Slower()).run_once() == 0
+    assert waiting(sqlite) == 0
+    assert "not here" not in caplog.text
+
+
+def test_row_that_has_got_the_number_of_a_deleted_one_is_not_deleted_for_it(
+    sqlite: sa.Engine, client: Redis, nobody_delivers: None
+) -> None:
+    """SQLite gives numbers again: a slow relay must not delete a message that nobody has delivered."""
+    with unit_of_work(sqlite):
+        anything.enqueue_on_commit(1, job_id="old")
+    fast, delivery = outbox_relay(sqlite), JobDelivery(client)
+
+    class Slower:
+        def deliver(self, messages: Any, fresh: Any) -> Any:
+            assert fast.run_once() == 1
+            with unit_of_work(sqlite):
+                anything.enqueue_on_commit(2, job_id="new")
+            return delivery.deliver(messages, fresh)
+
+        forget = delivery.forget
+
+    assert OutboxRelay(sqlite, Slower()).run_once() == 1
+    assert [message.job_id for message in fast.messages()] == ["new"]
+    assert fast.run_once() == 1
+    assert queued(client) == ["old", "new"]
+
+
 def test_delivery_gives_up_when_others_interfere_all_the_time(client: Redis) -> None:
     """No endless loop: the messages stay where they are."""
 
@@ -1158,26 +1252,28 @@ def test_interrupt_of_rq_passes_through_the_import_of_a_function(
 def test_job_that_redis_refuses_is_kept_and_the_others_go_on(
     sqlite: sa.Engine, client: Redis, nobody_delivers: None
 ) -> None:
-    """MULTI does not stop at a refusal: the marker behind it is taken back, and those of its transaction wait."""
+    """MULTI does not stop at a refusal: the marker behind it is taken back; later batches of its transaction wait."""
     client.set("rq:job:bad", "no hash")
     with unit_of_work(sqlite):
         anything.enqueue_on_commit(1, job_id="good")
         anything.enqueue_on_commit(2, job_id="bad")
-        anything.enqueue_on_commit(3, job_id="behind")
+        behind = [anything.enqueue_on_commit(number, job_id=f"behind-{number}") for number in range(80)]
     with unit_of_work(sqlite):
         anything.enqueue_on_commit(4, job_id="other")
-    relay = outbox_relay(sqlite)
+    clock = FakeClock(epoch=time.time() + 60)
+    relay = OutboxRelay(sqlite, JobDelivery(client), clock=clock)
     relay.run_once()
-    (message, *_) = [message for message in relay.messages() if message.job_id == "bad"]
-    assert "WRONGTYPE" in (message.error or "")
-    assert {"good", "other"} <= set(queued(client))
+    refused, *left = relay.messages()
+    assert refused.job_id == "bad"
+    assert "WRONGTYPE" in (refused.error or "")
+    assert [message.job_id for message in left] == behind[48:]  # 50 go in one MULTI
+    assert {"good", "other", *behind[:48]} <= set(queued(client))
     client.delete("rq:job:bad")
-    relay.retry()
-    with sqlite.begin() as connection:
-        connection.execute(sa.update(outbox_table(Base.metadata)).values(due_at=sa.func.datetime(0, "unixepoch")))
+    clock.jump(2.0)
     relay.run_once()
     assert waiting(sqlite) == 0
     assert client.type("rq:job:bad") == b"hash"
+    assert [job_id for job_id in queued(client) if job_id.startswith("behind")] == behind
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

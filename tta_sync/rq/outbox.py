@@ -172,7 +172,7 @@ def _connection_now(job: _Job) -> Redis | None:
 class _Parcel:
     """One message, opened."""
 
-    __slots__ = ("at_front", "client", "depends", "id", "key", "queue", "raw", "unique")
+    __slots__ = ("_made", "at_front", "client", "depends", "id", "key", "queue", "raw", "unique")
 
     def __init__(self, message: Message, connection: Redis | None) -> None:
         fields = json.loads(message.body)
@@ -190,12 +190,18 @@ class _Parcel:
         self.unique = job.unique
         self.client = job.own_connection or connection
         self.depends = b"dependency_ids" in self.raw
-        self.job(_nowhere())  # that it can be read is this message's own affair, and none of the others
+        # Now: where it cannot be read, that is this message's own affair, and none of the others'.
+        self._made: WorkflowJob | None = self._make()
+
+    def _make(self) -> WorkflowJob:
+        job = WorkflowJob(self.id, connection=_nowhere(), serializer=JSONSerializer)
+        job.restore(self.raw)
+        return job
 
     def job(self, client: Redis) -> WorkflowJob:
-        """Make the job anew: RQ notes in it what becomes of it."""
-        job = WorkflowJob(self.id, connection=client, serializer=JSONSerializer)
-        job.restore(self.raw)
+        """Return the job, each time a new one: RQ notes in it what becomes of it."""
+        job, self._made = self._made or self._make(), None
+        job.connection = client
         return job
 
 
