@@ -134,7 +134,7 @@ class _Doorman(threading.Thread):
         self._armed.set()
 
     def run(self) -> None:
-        while True:
+        while not self._over:
             self._armed.wait()
             if self._over:
                 return
