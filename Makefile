@@ -26,4 +26,4 @@ check:
 	@.venv/bin/lint-imports
 
 bench:
-	$(with) service,dev .venv/bin/python -m benchmarks $(ARGS)
+	$(with) service,dev,bench .venv/bin/python -m benchmarks $(ARGS)
