@@ -146,6 +146,7 @@ def storm(database: str, seed: str, lives: str) -> None:
     """Fork writers and relays, two at a time, each of which dies at a random moment of its own choice."""
     # Nothing is opened before the forks.
     chance = random.Random(int(seed))
+    killed = 0
     for life in range(int(lives)):
         children = []
         for mode in (write_for_life, relay_for_life):
@@ -158,8 +159,8 @@ def storm(database: str, seed: str, lives: str) -> None:
                 finally:
                     os._exit(0)
             children.append(pid)
-        for pid in children:
-            os.waitpid(pid, 0)
+        killed += [os.waitpid(pid, 0)[1] for pid in children].count(signal.SIGKILL)
+    assert killed > int(lives), f"only {killed} of {2 * int(lives)} processes have died"
 
 
 def fall(chance: random.Random) -> None:
