@@ -683,4 +683,4 @@ class AsyncWorker(SimpleWorker):
     def teardown(self) -> None:
         """Say goodbye; a Redis that is down is no reason to hang."""
         self._try(super().teardown)
-        self.connection.connection_pool.disconnect()  # it is our own; whoever still waits at a door goes home
+        self.connection.connection_pool.disconnect(inuse_connections=False)  # it is our own
