@@ -92,6 +92,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
     peeks = True
     strategy = "cache"
+    tells_itself = True  # by CacheHit and CacheMiss; a hit that was peeked at could tell no more
 
     def __init__(
         self,
