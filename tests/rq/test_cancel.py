@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -11,18 +12,20 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from rq import Callback, Queue, Retry
+from rq import Callback, Queue, Retry, Worker
 from rq.exceptions import NoSuchJobError
 from rq.job import Dependency, Job, JobStatus
 from rq.registry import CanceledJobRegistry, DeferredJobRegistry, FailedJobRegistry, ScheduledJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat
+from rq.webhook import Webhook
+from rq.worker.base import BaseWorker
 
 from tests.rq import long_jobs as jobs
 from tests.rq.conftest import WORKERS
 from tests.seams.rq_jobs import evil_payload
 from tta_sync.exceptions import JobCancelledError
-from tta_sync.rq import WorkflowJob
+from tta_sync.rq import WorkflowJob, control
 from tta_sync.rq.control import KEEP, Cancel, applies, cancel_key, end_as_stopped, request_cancel, watched_key
 from tta_sync.rq.job import running
 from tta_sync.rq.watch import watched_job
@@ -402,6 +405,39 @@ def test_rqs_own_command_is_not_sent_when_the_job_ends_meanwhile(client: Redis, 
     assert heard() is None
 
 
+def test_rqs_own_command_is_not_sent_when_the_job_has_no_worker_yet(client: Redis, heard: Any) -> None:
+    """Started, but by whom is not written yet: there is nobody to send it to."""
+    job = unwatched(client, 60)
+    client.hset(job.key, "started_at", "")
+    assert request_cancel("one", client) is Cancel.REQUESTED
+    assert heard() is None
+
+
+def test_job_that_ends_while_rqs_own_command_is_sent_is_no_error(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ finds that it does not run any more."""
+    unwatched(client, 60)
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise NoSuchJobError
+
+    monkeypatch.setattr(control, "send_stop_job_command", ended)
+    assert request_cancel("one", client) is Cancel.REQUESTED
+
+
+def test_latest_request_stands_when_a_job_is_enqueued_again_and_again(
+    client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No endless race with a job that is enqueued at every look."""
+    job = jobs.quick.enqueue(1, job_id="one")
+    client.hset(job.key, "status", "started")
+    looks: list[object] = []
+    monkeypatch.setattr(control, "_ask_to_end", looks.append)
+    assert request_cancel("one", client) is Cancel.REQUESTED
+    assert 1 < len(looks) < 20
+
+
 # ---- ended as stopped ------------------------------------------------------------------------------------------------
 
 
@@ -432,14 +468,32 @@ def test_callback_for_stopped_jobs_runs_in_place_of_the_one_for_failures(
 
 def test_job_object_says_stopped_in_place_of_failed_only(client: Redis) -> None:
     """Other statuses are themselves."""
-    job = jobs.quick.enqueue(1, retry=Retry(max=2))
+    hook = Webhook("http://127.0.0.1:1/hook", JobStatus.FAILED)
+    job = jobs.quick.enqueue(1, retry=Retry(max=2), webhooks=[hook])
     end_as_stopped(job)
     assert not job.should_retry
+    assert not job.webhooks
     job.set_status(JobStatus.QUEUED)
     assert status(client, job.id) == "queued"
     job.set_status(JobStatus.FAILED)
     assert status(client, job.id) == "stopped"
+    job.save()
     assert stored(client, job.id).retries_left == 2
+    assert len(stored(client, job.id).webhooks) == 1
+
+
+def test_private_api_of_rq_is_what_end_as_stopped_relies_on() -> None:
+    """A new RQ that ends a failed job by other means fails here and not in production."""
+    handler = inspect.getsource(BaseWorker.handle_job_failure)
+    assert "job.should_retry" in handler
+    assert "job.set_status(JobStatus.FAILED" in handler
+    assert "job.send_webhooks(JobStatus.FAILED" in handler
+    performs = inspect.getsource(BaseWorker.perform_job)
+    assert "job.execute_failure_callback(self.death_penalty_class, *exc_info)" in performs
+    assert "job.execute_stopped_callback(self.death_penalty_class)" in inspect.getsource(Worker.monitor_work_horse)
+    saved = inspect.getsource(Job.to_dict)
+    assert "if self.retries_left is not None:" in saved
+    assert "if self.webhooks:" in saved
 
 
 def test_interrupts_come_out_as_themselves_when_a_job_was_being_cancelled(client: Redis) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from tests.rq import long_jobs as jobs
 from tests.rq.conftest import WORKERS
 from tta_sync.context import MAX_PROGRESS_MESSAGE, WorkflowContext
 from tta_sync.rq import WorkflowJob, watch
+from tta_sync.rq.control import watched_key
 from tta_sync.rq.job import bind, context_of, running
 from tta_sync.rq.progress import FIELD, INTERVAL, Progress, events_channel, flush
 from tta_sync.rq.watch import Watch, process
@@ -231,7 +233,7 @@ def test_job_is_not_held_up_when_redis_does_not_take_its_last_report(
             context.report_progress(1)
     finally:
         process.watch._clients.clear()
-    assert "was not written (down)" in caplog.text
+    assert "last progress was not written (ConnectionError)" in caplog.text
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -454,7 +456,8 @@ def test_watch_ends_when_no_job_has_run_for_a_while_and_begins_again(
             eventually(lambda: not process.watch._free)
             context.report_progress(1)
             eventually(lambda job=job: progress_of(client, job.id))
-            eventually(lambda job=job: client.exists(f"tta_sync:job:watched:{job.id}"))
+            eventually(lambda job=job: client.exists(watched_key(job.id)))
+        assert client.keys("tta_sync:*") == []
         eventually(lambda: process.watch._free)
         assert process.watch._clients == {}
 
@@ -485,6 +488,71 @@ def test_watch_survives_what_it_did_not_expect(
         run()
 
 
+def test_trouble_with_redis_is_said_once_per_job(
+    client: Redis, monkeypatch: pytest.MonkeyPatch, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again at every look, without filling the log."""
+    monkeypatch.setattr(watch, "LOOK_AFTER", 0.01)
+    monkeypatch.setattr(process, "watch", Watch())
+    looks: list[object] = []
+
+    class Down(Redis):
+        def pipeline(self, *args: Any, **options: Any) -> Any:
+            looks.append(None)
+            raise RedisConnectionError("down")
+
+    job = jobs.quick.enqueue(1)
+    pool = job.connection.connection_pool
+    process.watch._clients[pool] = Down(connection_pool=pool)
+    with running(job):
+        eventually(lambda: len(looks) > 3)
+    assert caplog.text.count("Redis does not say") == 1
+
+
+def test_there_is_one_watch_when_two_threads_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second leaves."""
+    own = Watch()
+    own._free.clear()
+    monkeypatch.setattr(own, "_look_round", pytest.fail)
+    own._start()
+
+
+def test_watch_goes_on_when_a_job_came_in_its_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has given its place back: it takes it again, unless the job has already started another."""
+    monkeypatch.setattr(watch, "LOOK_AFTER", 0.001)
+    monkeypatch.setattr(watch, "IDLE", 0.001)
+    own = Watch()
+    taken = iter([True, True])
+
+    class Late(dict):  # type: ignore[type-arg]  # a job is in it by the time of the second look only
+        def __bool__(self) -> bool:
+            return True
+
+    class Place(list):  # type: ignore[type-arg]
+        def pop(self, *_: Any) -> Any:
+            try:
+                return next(taken)
+            except StopIteration:
+                raise IndexError from None
+
+    own._running, own._free = Late(), Place()
+    own._look_round()
+    assert next(taken, None) is None
+
+
+def test_forked_child_has_a_watch_of_its_own(client: Redis) -> None:
+    """Its parent's has no thread there, and its connections are its parent's."""
+    job = jobs.quick.enqueue(1)
+    with running(job):
+        before = process.watch
+        assert before._running
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if process.watch is not before and not process.watch._running else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert process.watch is before
+
+
 def test_clients_of_the_watch_are_few(client: Redis) -> None:
     """One per pool, and not without end where each job brings another."""
     own = Watch()
@@ -507,7 +575,10 @@ def test_client_that_knows_more_than_an_address_is_used_itself() -> None:
     pool = one.connection_pool
     one.connection_pool = SentinelConnectionPool.__new__(SentinelConnectionPool)
     try:
-        assert Watch().client_for(one) is one
+        own = Watch()
+        assert own.client_for(one) is one
+        own._close()
+        assert own._clients == {}
     finally:
         one.connection_pool = pool
         one.close()

@@ -16,7 +16,7 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat
+from rq.utils import str_to_date, utcformat
 
 from tta_sync.exceptions import JobCancelledError
 
@@ -138,17 +138,16 @@ def _ask_to_end(job: Job) -> Cancel | None:
 def _stop_unwatched(job: Job) -> None:
     """Have RQ stop a job that runs without us: a plain function, in RQ's own job class."""
     client = job.connection
-    assert job.started_at is not None
     while True:
         with client.pipeline(transaction=False) as pipe:
-            pipe.hmget(job.key, "status", "worker_name")
+            pipe.hmget(job.key, "status", "worker_name", "started_at")
             pipe.exists(watched_key(job.id))
-            (status, worker), watched = pipe.execute()
-        if watched or status != JobStatus.STARTED.encode() or not worker:
+            (status, worker, started_at), watched = pipe.execute()
+        if watched or status != JobStatus.STARTED.encode() or not worker or not started_at:
             return
         if client.hexists(ASYNC_WORKERS, worker):
             return
-        if time.time() - job.started_at.timestamp() > NOTICED_BY:
+        if time.time() - str_to_date(started_at).timestamp() > NOTICED_BY:
             break
         time.sleep(0.1)
     try:

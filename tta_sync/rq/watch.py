@@ -64,8 +64,9 @@ class WatchedJob:
         self.asked = False  # somebody wants it to end; the watch's
         self.struck = False  # a call of it has been cancelled
         self.ended = False
+        self.looked_after = False
         self.stop_sent = 0.0
-        self.said = False
+        self.said: set[str] = set()  # each once
 
     def calls(self) -> list[Call]:
         """Return the calls in flight that the job's own thread waits for."""
@@ -115,15 +116,17 @@ class Watch:
         """Let go of *watched*, and write the last of its progress. On the job's thread."""
         self._running.pop(watched, None)
         watched.ended = True
-        if watched.progress.reported or watched.asked:
-            try:
-                client = self.client_for(watched.job.connection)
-                watched.progress.write(client)
-                if watched.asked:
-                    client.delete(cancel_key(watched.job.id))
-            except RedisError as error:
-                # RQ is about to write the job's end, and will say so if Redis is really gone.
-                logger.warning("the last progress of job %s was not written (%s)", watched.job.id, error)
+        if not (watched.progress.reported or watched.looked_after):
+            return
+        job_id = watched.job.id
+        try:
+            client = self.client_for(watched.job.connection)
+            watched.progress.write(client)
+            if watched.looked_after:
+                client.delete(watched_key(job_id), *([cancel_key(job_id)] if watched.asked else []))
+        except RedisError as error:
+            # RQ is about to write the job's end, and will say so if Redis is really gone.
+            logger.warning("job %s: its last progress was not written (%s)", job_id, type(error).__name__)
 
     def client_for(self, connection: Redis) -> Redis:
         """Return a client of the same server with little patience."""
@@ -175,6 +178,7 @@ class Watch:
         try:
             client = self.client_for(watched.job.connection)
             if not watched.asked:
+                watched.looked_after = True
                 with client.pipeline(transaction=False) as pipe:
                     pipe.get(cancel_key(watched.job.id))
                     pipe.set(watched_key(watched.job.id), 1, px=WATCHED)
@@ -185,8 +189,8 @@ class Watch:
             if watched.progress.due(now) and not watched.ended:
                 watched.progress.write(client)
         except RedisError as error:
-            if not watched.said:  # once per job; it is tried again at every look
-                watched.said = True
+            if "down" not in watched.said:  # it is tried again at every look
+                watched.said.add("down")
                 logger.warning(
                     "job %s: Redis does not say whether it is to be cancelled, nor takes its progress (%s)",
                     watched.job.id,
@@ -208,8 +212,8 @@ class Watch:
             # A process of its own: RQ's worker kills it and calls the job stopped.
             client.delete(cancel_key(job.id))
             send_command(client, job.worker_name or "", "stop-job", job_id=job.id)
-        elif not watched.said:
-            watched.said = True
+        elif "plain" not in watched.said:
+            watched.said.add("plain")
             logger.warning("job %s was to be cancelled, but runs plain code, which goes on to its end", job.id)
 
 
