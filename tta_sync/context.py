@@ -7,6 +7,8 @@ on a context.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -61,6 +63,17 @@ class Deadline:
         return f"Deadline({self.remaining():.3f} s left)"
 
 
+class Reporter(Protocol):
+    """Where a call's progress goes: ``tta_sync.rq`` binds one to each job."""
+
+    def report(self, done: float, total: float | None, message: str | None) -> None:
+        """Note how far the call has come. Any thread; must not block."""
+
+
+MAX_PROGRESS_MESSAGE = 500
+"""Characters of a progress message that are kept."""
+
+
 class WorkflowContext:
     """Carry one call's identity, deadline and shared state through its steps.
 
@@ -70,7 +83,8 @@ class WorkflowContext:
         tenant: whose call this is; part of every cache key.
         state: what steps tell each other; a branch of a parallel gets a shallow copy.
 
-    ``degraded`` is True once a fallback has answered, here or in a child context. An unknown keyword is a TypeError.
+    ``degraded`` is True once a fallback has answered, here or in a child context. ``reporter`` is where progress goes,
+    None outside jobs; it does not travel. An unknown keyword is a TypeError.
     The names are TTA.dev's; ``deadline``, ``tenant`` and ``clock`` are ours.
     """
 
@@ -86,6 +100,7 @@ class WorkflowContext:
         "metadata",
         "parent_span_id",
         "player_id",
+        "reporter",
         "session_id",
         "span_id",
         "start_time",
@@ -137,6 +152,7 @@ class WorkflowContext:
         self.tenant = tenant
         self.clock = clock
         self.degraded = False
+        self.reporter: Reporter | None = None
         self._parent: WorkflowContext | None = None
 
     @property
@@ -154,6 +170,30 @@ class WorkflowContext:
     def checkpoint(self, name: str) -> None:
         """Note that *name* was reached now."""
         self.checkpoints.append((name, self.clock.time()))
+
+    async def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Say how far the job has come: *done* of *total*, and what is being done in a few words.
+
+        Cheap enough for every item: the newest report is written to the job about twice a second, the last one before
+        the job ends. The loop, and whoever wants to cancel the job, get their turn. Outside a job nothing is written.
+
+        Raises:
+            TypeError, ValueError: a number is none, is negative or not finite; the message is no text.
+        """
+        self.report_progress(done, total, message)
+        await asyncio.sleep(0)
+
+    def report_progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Do what :meth:`progress` does from synchronous code: a caller step, a session step, a plain job."""
+        _check_amount("done", done)
+        if total is not None:
+            _check_amount("total", total)
+        if message is not None:
+            if not isinstance(message, str):
+                raise TypeError(f"message is a text, not {type(message).__name__}")
+            message = message[:MAX_PROGRESS_MESSAGE]
+        if self.reporter is not None:
+            self.reporter.report(done, total, message)
 
     def elapsed_ms(self) -> float:
         """Return the milliseconds since the context was made."""
@@ -190,11 +230,12 @@ class WorkflowContext:
         )
         child._parent = self
         child.causation_id = self.correlation_id
+        child.reporter = self.reporter
         return child
 
     def next_call(self) -> WorkflowContext:
         """Make the context of another call in the same request or job: same id, deadline and tenant, fresh state."""
-        return WorkflowContext(
+        following = WorkflowContext(
             workflow_id=self.workflow_id,
             session_id=self.session_id,
             player_id=self.player_id,
@@ -208,6 +249,8 @@ class WorkflowContext:
             tenant=self.tenant,
             clock=self.clock,
         )
+        following.reporter = self.reporter
+        return following
 
     def to_otel_context(self) -> dict[str, Any]:
         """Return the span attributes that TTA.dev sets."""
@@ -257,6 +300,13 @@ class WorkflowContext:
 
     def __repr__(self) -> str:
         return f"WorkflowContext(correlation_id={self.correlation_id!r}, workflow_id={self.workflow_id!r})"
+
+
+def _check_amount(name: str, amount: float) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+        raise TypeError(f"{name} is a number, not {type(amount).__name__}")
+    if not (0 <= amount < math.inf):  # NaN is in no order
+        raise ValueError(f"{name} is {amount}: give a number from 0 on")
 
 
 # ---- where a call stands -------------------------------------------------------------------------------------------

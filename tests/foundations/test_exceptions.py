@@ -16,6 +16,7 @@ from tta_sync.exceptions import (
     DeadlineExceededError,
     IdempotencyConflictError,
     IdempotencyMismatchError,
+    JobCancelledError,
     LoopUnavailableError,
     NoCallerError,
     NoRouteError,
@@ -39,6 +40,7 @@ ERRORS: list[tuple[TTASyncError, type[BaseException], str, dict[str, object]]] =
         "10 calls are in flight, which is the limit; try again in 0.5 s",
         {"limit": 10, "retry_after": 0.5},
     ),
+    (JobCancelledError("id-1"), TTASyncError, "job id-1 was cancelled by request", {"job_id": "id-1"}),
     (
         StepTimeoutError("fetch", 2.0, "a thread runs on"),
         TimeoutError,

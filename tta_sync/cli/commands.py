@@ -14,6 +14,7 @@ COMMANDS = {
     "batch": ("tta_sync.cli.batch", "have the running service process text files, with a progress bar"),
     "cache": ("tta_sync.cli.cache", "look at what caches keep in Redis, and make them forget it"),
     "outbox": ("tta_sync.cli.outbox", "enqueue what is left in the transactional outbox, and look after it"),
+    "jobs": ("tta_sync.cli.jobs", "follow or cancel a background job of the running service"),
 }
 
 
