@@ -1,6 +1,6 @@
 """Run the tests with branch coverage, and print pytest's summaries and the coverage total.
 
-Without arguments the tests run in three shares side by side: most of them wait for processes that they have started.
+Without arguments the tests run in shares, three side by side: most of them wait for processes that they have started.
 With arguments pytest gets them, in one process.
 
 Not pytest-cov: it starts after the plugin tta_sync.testing, and with it the half of the package that this imports, has
@@ -12,13 +12,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 import coverage
 import pytest
 
-SHARES = [["tests/cli", "tests/e2e"], ["tests/compat", "tests/seams", "tests/service"]]
+# The longest first: whoever has finished one takes the next.
+SHARES = [
+    ["tests/runtime"],
+    ["tests/e2e"],
+    ["tests/rq"],
+    ["tests/primitives"],
+    ["tests/service"],
+    ["tests/seams"],
+    ["tests/cli", "tests/compat"],
+]
+AT_ONCE = 3
 OUTCOME = re.compile(r"(\d+) (passed|failed|error|skipped|xfailed)")
 
 
@@ -38,29 +50,38 @@ def shares() -> list[list[str]]:
     return [*SHARES, [path for path in rest if path not in named and "__pycache__" not in path]]
 
 
+def start(share: list[str]) -> tuple[list[str], IO[str], subprocess.Popen[bytes]]:
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the share has ended
+    command = [sys.executable, __file__, "--here", "-q", "-p", "no:cacheprovider", *share]
+    return share, output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+
 def run_shares() -> int:
-    """Run all shares side by side, print each one's output when it ends, and add up."""
+    """Run the shares, AT_ONCE side by side, print each one's output when it ends, and add up."""
     totals: Counter[str] = Counter()
     status = 0
-    running = []
-    for share in shares():
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # read when the share has ended
-        command = [sys.executable, __file__, "--here", "-q", "-p", "no:cacheprovider", *share]
-        running.append((share, output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)))
+    waiting = shares()
+    running: list[tuple[list[str], IO[str], subprocess.Popen[bytes]]] = []
     try:
-        for share, output, process in running:
-            process.wait()
-            output.seek(0)
-            text = output.read()
-            print(f"---- {' '.join(share)}\n{text}", flush=True)
-            # 5: no tests were collected, which for a whole share is a failure as well
-            status = status or process.returncode
-            for count, outcome in OUTCOME.findall(text.rstrip().rpartition("\n")[2]):
-                totals[outcome] += int(count)
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                running.append(start(waiting.pop(0)))
+            ended = [entry for entry in running if entry[2].poll() is not None]
+            for entry in ended:
+                running.remove(entry)
+                share, output, process = entry
+                output.seek(0)
+                text = output.read()
+                print(f"---- {' '.join(share)}\n{text}", flush=True)
+                # 5: no tests were collected, which for a whole share is a failure as well
+                status = status or process.returncode
+                for count, outcome in OUTCOME.findall(text.rstrip().rpartition("\n")[2]):
+                    totals[outcome] += int(count)
+            if not ended:
+                time.sleep(0.1)
     finally:
         for _, _, process in running:
-            if process.poll() is None:
-                process.terminate()
+            process.terminate()
         for _, _, process in running:
             process.wait()
     failed = totals["failed"] + totals["error"]
