@@ -26,6 +26,7 @@ WORKERS: dict[str, tuple[str, ...]] = {
     # It forgets the job class in the process that it spawns, so the serializer must be JSON.
     "spawn": ("worker", *OURS, "--worker-class", "rq.worker.SpawnWorker", "--serializer", "json"),
     "pool": ("worker-pool", *OURS, "--num-workers", "1"),
+    "async": ("worker", "--worker-class", "tta_sync.rq.AsyncWorker"),
 }
 
 

@@ -56,7 +56,7 @@ def failed(client: Redis) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", WORKERS)
-def test_coroutine_is_stopped_when_it_is_asked_for_on_every_stock_worker(
+def test_coroutine_is_stopped_when_it_is_asked_for_on_every_worker(
     client: Redis, start_worker: StartWorker, eventually: Eventually, kind: str
 ) -> None:
     """Its `finally` runs while the job is started; it ends as stopped, unretried, and the next job runs."""

@@ -123,7 +123,7 @@ def test_report_gives_others_their_turn() -> None:
 def test_progress_is_seen_while_the_job_runs_and_complete_when_it_has_ended(
     client: Redis, start_worker: Callable[..., Path], eventually: Eventually, kind: str
 ) -> None:
-    """On every stock worker: the newest report in the middle, the last one at the end, meta of RQ's users besides."""
+    """On every worker: the newest report in the middle, the last one at the end, meta of RQ's users besides."""
     job = jobs.counts.enqueue({"key": "k", "items": 50, "wait_at": [7]}, meta={"owner": "ada"})
     start_worker(kind)
     eventually(lambda: progress_of(client, job.id), within=60)
