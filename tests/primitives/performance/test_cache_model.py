@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tta_sync.context import WorkflowContext
+from tta_sync.primitives import MISS
 from tta_sync.primitives.performance import CachePrimitive, InMemoryBackend
 from tta_sync.primitives.performance.wire import LIMIT
 from tta_sync.redis import endpoint
@@ -239,3 +240,174 @@ def test_redis_behaves_like_the_model_whatever_happens(client: redis.Redis) -> N
         lambda step, **options: CachePrimitive(step, storage=client, namespace=f"n{next(number)}", **options),
         examples=40,
     )
+
+
+# ---- memory over Redis, in two processes -----------------------------------------------------------------------------
+
+SHORT = 4.0  # seconds that memory may go on with what Redis has forgotten by itself
+
+
+class Process:
+    """What one process has: a loop, and memory over the Redis that both share."""
+
+    def __init__(self, step: Callable[[Any], Any], client: redis.Redis, namespace: str) -> None:
+        self.client = client
+        self.runner = asyncio.Runner()
+        self.memory: CachePrimitive[Any, Any] = CachePrimitive(ttl=SHORT, jitter=0)
+        self.shared: CachePrimitive[Any, Any] = CachePrimitive(
+            ttl=TTL, jitter=0, storage=client, namespace=namespace, tags=lambda data: [tag_of(data), "all"]
+        )
+        self.flow = self.memory >> step >> self.shared
+        self.kept: dict[Any, tuple[int, float, frozenset[str]]] = {}  # the model of its memory
+
+    def call(self, data: Any, context: WorkflowContext) -> Any:
+        return self.runner.run(self.flow.execute(data, context))
+
+    def hear(self) -> None:
+        """Wait until every invalidation so far was heard: until then, staleness is what is stated."""
+        bound = self.shared._acting()
+        layer: Any = None if bound is None else bound._layer
+        if layer is None or layer._last_news is None:
+            return  # it has never asked, so it has nothing to forget
+
+        async def wait() -> None:
+            async with asyncio.timeout(20):
+                while layer._last_news != int(self.client.get(layer._news) or 0):
+                    await asyncio.sleep(0.001)
+
+        self.runner.run(wait())
+
+    def forget(self, wanted: Callable[[Any, frozenset[str]], bool]) -> None:
+        self.kept = {name: entry for name, entry in self.kept.items() if not wanted(name, entry[2])}
+
+    def close(self) -> None:
+        self.runner.run(self.shared.aclear_cache())
+        self.runner.close()
+
+
+def layered(client: redis.Redis, number: Iterator[int]) -> type[RuleBasedStateMachine]:
+    class LayersMachine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clock = FakeClock(start=1000.0, autojump_threshold=None)
+            self.made = self.expected = 0
+            namespace = f"l{next(number)}"
+
+            def maker() -> Callable[[Any], Any]:
+                async def make(data: Any) -> list[int]:
+                    self.made += 1
+                    return [self.made]
+
+                return make
+
+            self.processes = [Process(maker(), client, namespace) for _ in range(2)]
+            self.stored: dict[Any, tuple[int, float, frozenset[str]]] = {}  # the model of Redis
+
+        def teardown(self) -> None:
+            for process in self.processes:
+                process.close()
+
+        def model(self, process: Process, name: Any, tags: frozenset[str]) -> int:
+            now = self.clock.monotonic()
+            kept, stored = process.kept.get(name), self.stored.get(name)
+            if kept is not None and now < kept[1] + SHORT:
+                return kept[0]
+            if stored is None or now >= stored[1] + TTL:
+                self.expected += 1
+                stored = self.stored[name] = (self.expected, now, tags)
+            process.kept[name] = (stored[0], now, tags)
+            return stored[0]
+
+        @rule(which=st.booleans(), data=KEYS, tenant=TENANTS, by_peek=st.booleans())
+        def call(self, which: bool, data: Any, tenant: str | None, by_peek: bool) -> None:
+            process = self.processes[which]
+            context = WorkflowContext(clock=self.clock, tenant=tenant)
+            answer = process.flow.peek(data, context) if by_peek else MISS
+            if answer is MISS:
+                assert context.state == {}
+                answer = process.call(data, context)
+            assert answer == [self.model(process, named(data, tenant), frozenset({tag_of(data), "all"}))]
+            assert self.made == self.expected
+            answer.append("spoilt")
+
+        @rule(seconds=st.sampled_from([0.5, 3.99, 4.0, 6.0, 10.0]))
+        def wait(self, seconds: float) -> None:
+            self.clock.jump(seconds)
+
+        def told(self, which: bool, wanted: Callable[[Any, frozenset[str]], bool]) -> None:
+            self.stored = {name: entry for name, entry in self.stored.items() if not wanted(name, entry[2])}
+            for process in self.processes:
+                process.hear()
+                process.forget(wanted)
+
+        @rule(which=st.booleans(), data=KEYS, tenant=TENANTS, outer=st.booleans())
+        def invalidate(self, which: bool, data: Any, tenant: str | None, outer: bool) -> None:
+            process = self.processes[which]
+            process.call(data, WorkflowContext(clock=self.clock, tenant=tenant))  # an unbound cache has nothing yet
+            self.model(process, named(data, tenant), frozenset({tag_of(data), "all"}))
+            cache = process.memory if outer else process.shared
+            process.runner.run(cache.ainvalidate(data, tenant=tenant))
+            self.told(which, lambda name, tags: bool(name == named(data, tenant)))
+
+        @rule(which=st.booleans(), tag=st.sampled_from(["int", "dict", "all", "nobody"]))
+        def invalidate_tag(self, which: bool, tag: str) -> None:
+            process = self.processes[which]
+            process.call(0, WorkflowContext(clock=self.clock))
+            self.model(process, named(0, None), frozenset({"int", "all"}))
+            process.runner.run(process.shared.ainvalidate(tags=[tag]))
+            self.told(which, lambda name, tags: tag in tags)
+
+        @rule(which=st.booleans())
+        def clear(self, which: bool) -> None:
+            process = self.processes[which]
+            process.call(0, WorkflowContext(clock=self.clock))
+            self.model(process, named(0, None), frozenset({"int", "all"}))
+            process.runner.run(process.shared.aclear_cache())
+            self.told(which, lambda name, tags: True)
+
+        @rule(which=st.booleans())
+        def clear_memory_alone(self, which: bool) -> None:
+            process = self.processes[which]
+            process.runner.run(process.memory.aclear_cache())
+            process.forget(lambda name, tags: True)
+
+    return LayersMachine
+
+
+def test_two_processes_behave_like_the_model_whatever_happens(client: redis.Redis) -> None:
+    """Memory over Redis in two processes: exactly the stated staleness, and after an invalidation none."""
+    run_state_machine_as_test(
+        layered(client, itertools.count()),
+        settings=settings(
+            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("in_redis.RedisLayer._forget_above", lambda self, tags: None),
+        ("in_redis.RedisLayer._counters", lambda self, tags: (self._epoch,)),
+        ("cache.CachePrimitive.lifetime", lambda self: self.ttl + 1.0),
+        ("keys.prefix", lambda *parts: "n:"),
+    ],
+)
+def test_model_finds_out_when_something_is_wrong(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, what: str, wrong: Any
+) -> None:
+    """News that are not heard, tags that do not count, results that live too long, tenants that share a key."""
+    monkeypatch.setattr(f"tta_sync.primitives.performance.{what}", wrong)
+    with pytest.raises((AssertionError, TimeoutError, ExceptionGroup)):
+        run_state_machine_as_test(
+            layered(client, itertools.count()),
+            settings=settings(
+                max_examples=200,
+                stateful_step_count=30,
+                deadline=None,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+                suppress_health_check=[HealthCheck.too_slow],
+            ),
+        )
+    client.flushall()
