@@ -97,6 +97,48 @@ def test_verdicts_are_those_of_the_local_limit_when_a_trace_is_replayed(url: str
         asyncio.run(replay(rate, burst))
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+def test_primitives_decide_alike_when_one_is_local_and_one_is_shared(url: str, keyed: bool) -> None:
+    """The same recorded trace, retry_after included, through both whole primitives."""
+    chance = random.Random(6)
+    trace = [(chance.choice([0.0, 0.0, 0.02, 0.2, 1.0]) * chance.random(), chance.choice("ab")) for _ in range(300)]
+    key = (lambda data: data) if keyed else None
+    local = RateLimitPrimitive(answer, rate=4.0, burst=3, key=key)
+    shared = RateLimitPrimitive(answer, rate=4.0, burst=3, key=key, store=url, name=f"trace {keyed}")
+
+    async def main() -> None:
+        clock, refused = At(), 0
+        for gap, data in trace:
+            clock.now += gap
+            waits = []
+            for limit in (local, shared):
+                try:
+                    await limit.execute(data, WorkflowContext(clock=clock))
+                    waits.append(0.0)
+                except RateLimitedError as error:
+                    waits.append(error.retry_after)
+            assert waits[0] == pytest.approx(waits[1], abs=1e-5)
+            assert (waits[0] > 0) == (waits[1] > 0)
+            refused += waits[0] > 0
+        assert 50 < refused < 250
+
+    asyncio.run(main())
+
+
+def test_server_s_time_decides_when_the_clocks_of_machines_differ(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose clock is an hour ahead or behind gets no token more, and none less."""
+    limit = RateLimitPrimitive(answer, rate=0.01, burst=3, store=url)
+    real = time.time
+    for ahead in (0.0, 3600.0, -3600.0):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: real() + ahead)
+        assert run_sync(limit, 1) == 1
+    for ahead in (7200.0, -7200.0):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: real() + ahead)
+        with pytest.raises(RateLimitedError) as caught:
+            run_sync(limit, 1)
+        assert 90 < caught.value.retry_after <= 100
+
+
 @settings(max_examples=20, deadline=None, database=None)
 @given(st.lists(st.sampled_from([0.0, 0.05, 0.1, 0.5]), min_size=1, max_size=30), st.integers(1, 4))
 def test_no_window_lets_more_calls_through_than_it_may(gaps: list[float], burst: int) -> None:

@@ -779,6 +779,66 @@ def test_late_writer_loses_when_its_key_was_invalidated_meanwhile(cached: Any, c
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["key", "tag", "all"])
+@pytest.mark.parametrize("where", ["memory", "redis", "both"])
+def test_refresh_loses_when_its_key_was_invalidated_meanwhile(
+    client: redis.Redis, clock: Any, where: str, how: str
+) -> None:
+    """A refresh that began before an invalidation neither answers nor is stored, in whatever layer it runs."""
+    gates: list[asyncio.Event] = []
+    number = numbering(gates)
+    options: dict[str, Any] = {"ttl": 100, "soft_ttl": 10, "jitter": 0, "tags": ["t"]}
+    in_redis = {"storage": client, "namespace": "n"}
+    if where == "both":
+        flow = CachePrimitive(**options) >> number >> CachePrimitive(**options, **in_redis)
+        other = CachePrimitive(number, **options, **in_redis)
+    else:
+        flow = other = CachePrimitive(number, **options, **(in_redis if where == "redis" else {}))
+        if where == "redis":
+            other = CachePrimitive(number, **options, **in_redis)
+
+    async def main() -> None:
+        def ask() -> asyncio.Future[Any]:
+            return asyncio.ensure_future(flow.execute(1, WorkflowContext(clock=clock)))
+
+        first = ask()
+        await grown(gates, 1)
+        gates[0].set()
+        assert await first == 1
+        clock.jump(10)
+        assert await ask() == 1
+        await grown(gates, 2)  # the refresh is on its way
+        await {
+            "key": lambda: other.ainvalidate(1),
+            "tag": lambda: other.ainvalidate(tags=["t"]),
+            "all": lambda: other.aclear_cache(),
+        }[how]()
+        if where == "both":
+            memory = flow.children()[0]._acting()  # type: ignore[attr-defined]  # a chain of ours
+            while memory.get_stats()["size"]:  # until it has heard
+                await asyncio.sleep(0.001)
+        gates[1].set()
+        late = ask()
+        await grown(gates, 3)
+        gates[2].set()
+        assert await late == 3
+        assert await ask() == 3
+        assert len(gates) == 3
+
+    asyncio.run(main())
+
+
+def test_call_is_refused_when_redis_needs_a_tenant_and_there_is_none(
+    cached: Any, step: Any, client: redis.Redis
+) -> None:
+    """Nothing is asked, computed or stored for a call that might be anybody's."""
+    cache = cached(step, require_tenant=True)
+    with pytest.raises(ConfigurationError, match="requires a tenant"):
+        cache.run_sync(1)
+    assert (step.calls, stored(client)) == (0, [])
+    assert cache.run_sync(1, WorkflowContext(tenant="a")) == {"for": 1}
+
+
 def test_late_result_is_not_stored_when_its_own_process_invalidated_it(cached: Any, client: redis.Redis) -> None:
     """Nor is a later caller in this process handed the early result."""
     gates: list[asyncio.Event] = []
