@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -784,6 +785,16 @@ def test_job_is_never_enqueued_when_the_process_dies_before_the_commit(
     assert client.keys() == []
 
 
+def test_process_that_ends_with_its_last_commit_ends_well(
+    program: Callable[..., int], url: str, engine: sa.Engine, client: Redis
+) -> None:
+    """The courier holds up no exit, and says nothing; what it had no time for is a relay's."""
+    assert program(url, "write", "nowhere") == 0
+    outbox_relay(engine).run_once()
+    assert queued(client) == ["the-job"]
+    assert waiting(engine) == 0
+
+
 @pytest.mark.parametrize("consumed", [False, True], ids=["in the queue", "run and gone"])
 @pytest.mark.parametrize("point", list(jobs.POINTS))
 def test_job_is_enqueued_once_when_its_process_dies_after_the_commit(
@@ -1388,6 +1399,21 @@ def test_sync_code_beside_the_steps_has_the_units_session(
         unit.session.flush()
     eventually(lambda: len(queued(client)) == 2)
     assert queued(client) == ["beside", "inside"]
+
+
+def test_sessions_leave_nothing_behind_when_they_are_gone(sqlite: sa.Engine, nobody_delivers: None) -> None:
+    """A process that opens a session for each request does not grow by it."""
+    from sqlalchemy.event import registry
+
+    def sessions(count: int) -> int:
+        for _ in range(count):
+            with Session(sqlite) as session:
+                anything.enqueue_on_commit(1, session=session)
+        gc.collect()
+        return len(registry._key_to_collection)
+
+    before = sessions(5)
+    assert sessions(50) <= before
 
 
 def test_queue_serializer_of_stored_jobs_is_json(sqlite: sa.Engine, client: Redis, eventually: Eventually) -> None:
