@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 import time
@@ -25,6 +26,7 @@ from tests.rq import long_jobs as jobs
 from tests.rq.conftest import WORKERS
 from tests.seams.rq_jobs import evil_payload
 from tta_sync.exceptions import JobCancelledError
+from tta_sync.facade import call_sync
 from tta_sync.rq import WorkflowJob, control
 from tta_sync.rq.control import KEEP, Cancel, applies, cancel_key, end_as_stopped, request_cancel, watched_key
 from tta_sync.rq.job import running
@@ -162,6 +164,25 @@ def test_plain_code_goes_on_and_the_log_says_so_where_nothing_can_stop_it(
     assert status(client, "one") == "finished"
     assert "job one was to be cancelled, but runs plain code" in caplog.text
     assert not client.exists(cancel_key("one"))
+
+
+def test_calls_of_others_go_on_when_a_job_is_cancelled(
+    client: Redis, work_here: Callable[..., None], eventually: Eventually
+) -> None:
+    """What other threads of the process wait for is not the job's."""
+    jobs.hangs.enqueue("one", job_id="one")
+
+    async def wait() -> str:
+        while status(client, "one") != "stopped":
+            await asyncio.sleep(0.01)
+        return "went on"
+
+    def cancel() -> None:
+        eventually(lambda: client.get("one:began"))
+        request_cancel("one", client)
+        assert call_sync(wait, timeout=20) == "went on"
+
+    work_here(cancel)
 
 
 def test_request_is_heard_again_when_redis_was_away(
