@@ -20,8 +20,8 @@ Settings, in ``app.config``:
 TTA_DEADLINE       15.0        seconds that a request may take, from its arrival; None: no deadline
 TTA_MAX_BODY       16 MiB      bytes of a body that is loaded, where MAX_CONTENT_LENGTH does not say
 TTA_MAX_DEPTH      100         nesting of a JSON body
-TTA_REDIS_URL      REDIS_URL   where ``rate_limit`` and ``idempotent`` keep what processes share; both are looked up here,
-                               then in the environment; "": nowhere
+TTA_REDIS_URL      REDIS_URL   where ``rate_limit`` and ``idempotent`` keep what processes share; looked for here, then
+                               in the environment; "": nowhere
 =================  ==========  =========================================================================================
 """
 
