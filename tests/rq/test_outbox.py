@@ -72,10 +72,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def engine(url: str) -> Iterator[sa.Engine]:
+def engine(url: str, own_courier: courier.Courier, eventually: Eventually) -> Iterator[sa.Engine]:
     engine = create_engine(url)
     Base.metadata.create_all(engine)
     yield engine
+    eventually(lambda: not own_courier._desks, what="the courier's rest")  # which has a connection of the engine's
     engine.dispose()
 
 
@@ -224,7 +225,7 @@ def test_job_is_enqueued_once_when_its_transaction_commits(
 
 
 def test_job_is_there_when_the_commit_returns_unless_something_is_slow(
-    work: UnitOfWork, engine: sa.Engine, client: Redis, monkeypatch: pytest.MonkeyPatch
+    work: UnitOfWork, engine: sa.Engine, client: Redis, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """The commit waits for the courier, so that what comes after it finds the job."""
     monkeypatch.setattr(courier, "PATIENCE", 60.0)
@@ -232,7 +233,9 @@ def test_job_is_there_when_the_commit_returns_unless_something_is_slow(
         with work:
             index.enqueue_on_commit({"id": number}, job_id=f"job-{number}")
         assert len(queued(client)) == number + 1
-        assert waiting(engine) == 0
+        # SQLite has one write lock: the next transaction is not to meet the deletion of this one's row.
+        assert engine.dialect.name != "sqlite" or waiting(engine) == 0
+    eventually(lambda: not waiting(engine))
 
 
 def test_large_transaction_is_delivered_as_a_whole_when_it_commits(

@@ -32,7 +32,7 @@ class Relay:
         self.error: Exception | None = None
         self.pause = 0.0
 
-    def deliver(self, units: Sequence[str]) -> bool:
+    def deliver(self, units: Sequence[str], arrived: Callable[[], object]) -> bool:
         self.asked.set()
         assert self.gate.wait(60)
         if self.error is not None:
@@ -74,6 +74,33 @@ def test_commit_waits_until_its_messages_have_arrived(
     for number in range(20):
         own.hand_over("key", lambda: relay, f"u{number}")
         assert relay.units[-1] == f"u{number}"
+
+
+def test_commit_goes_on_when_its_messages_have_arrived_though_the_relay_has_more_to_do(
+    own: Courier, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the tidying up; nor is anybody told who still waits for the rest."""
+    monkeypatch.setattr(courier, "PATIENCE", 60.0)
+    told = []
+
+    class Tidies(Relay):
+        def deliver(self, units: Sequence[str], arrived: Callable[[], object]) -> bool:
+            arrived()
+            told.append(len(units))
+            return super().deliver(units, arrived)
+
+    tidies = Tidies()
+    tidies.gate.clear()
+    own.hand_over("key", lambda: tidies, "u0")
+    assert tidies.delivered == []
+    with own._changed:
+        desk = own._desks["key"]
+        desk.units.extend(str(number) for number in range(150))
+        arrived = desk.arrived
+    monkeypatch.setattr(courier, "_nobody", lambda: told.append(arrived.is_set()))
+    tidies.gate.set()
+    assert arrived.wait(20)
+    assert told == [1, False, 100, 50]
 
 
 def test_commit_does_not_wait_for_what_is_slow(own: Courier, relay: Relay) -> None:
@@ -202,7 +229,10 @@ def test_one_that_is_busy_does_not_starve_another(own: Courier, eventually: Even
     busy, other = Relay(), Relay()
     order: list[str] = []
     for name, each in (("busy", busy), ("other", other)):
-        each.deliver = lambda units, name=name, each=each: (order.append(name), Relay.deliver(each, units))[1]  # type: ignore[method-assign, misc]
+        each.deliver = lambda units, arrived, name=name, each=each: (  # type: ignore[method-assign, misc]
+            order.append(name),
+            Relay.deliver(each, units, arrived),
+        )[1]
     busy.gate.clear()
     own.hand_over("busy", lambda: busy, "u0")
     for number in range(300):

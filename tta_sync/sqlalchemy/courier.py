@@ -36,7 +36,7 @@ class Relay(Protocol):
     @property
     def pause(self) -> float: ...
 
-    def deliver(self, units: Sequence[str]) -> bool: ...
+    def deliver(self, units: Sequence[str], arrived: Callable[[], object], /) -> bool: ...
 
 
 class _Desk:
@@ -103,11 +103,13 @@ class Courier:
                 key, desk = found
                 units = [desk.units.popleft() for _ in range(min(_AT_ONCE, len(desk.units)))]
                 arrived = desk.arrived
+                told: Callable[[], object] = _nobody
                 if not desk.units:
                     desk.arrived = threading.Event()
+                    told = arrived.set
                 desk.stuck_since = time.monotonic()
             try:
-                clear = desk.relay.deliver(units)
+                clear = desk.relay.deliver(units, told)
             except Exception:
                 logger.exception(
                     "messages of %d transactions could not be delivered and are left to a relay", len(units)
@@ -136,6 +138,9 @@ class Courier:
     def _wait(self) -> float:
         now = time.monotonic()
         return min((max(0.001, desk.resumes_at - now) for desk in self._desks.values()), default=IDLE)
+
+
+def _nobody() -> None: ...
 
 
 def _on_a_loop() -> bool:

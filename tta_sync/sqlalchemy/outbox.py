@@ -96,10 +96,18 @@ def outbox_table(metadata: MetaData) -> Table:
     )
 
 
-_Row = Row[int, str, str, str, int, str, str]
-
 _table = outbox_table(MetaData())
 _c = _table.c
+_other = _table.alias()
+_ahead = (
+    select(func.count())
+    .where(_other.c.unit == _c.unit, _other.c.id < _c.id, _other.c.parked_at.is_(None))
+    .scalar_subquery()
+    .label("ahead")
+)
+"""How many of the same transaction are before a message and have not been delivered."""
+
+_Row = Row[int, str, str, str, int, str, str, int]
 
 
 def create_outbox(bind: Engine | Connection) -> None:
@@ -347,21 +355,24 @@ class OutboxRelay:
         """
         return self._run(None, limit)
 
-    def deliver(self, units: Sequence[str]) -> bool:
-        """Deliver what was written in these transactions; say whether the way was clear. For the courier."""
+    def deliver(self, units: Sequence[str], arrived: Callable[[], object] = lambda: None) -> bool:
+        """Deliver what was written in these transactions; say whether the way was clear. For the courier.
+
+        *arrived* is called when all has been delivered and nothing of what is left to do can be in anybody's way.
+        """
         while True:
-            moved = self._run(units, BATCH)
+            moved = self._run(units, BATCH, arrived)
             if moved < BATCH:
                 return not self._failures
 
-    def _run(self, units: Sequence[str] | None, limit: int) -> int:
+    def _run(self, units: Sequence[str] | None, limit: int, arrived: Callable[[], object] = lambda: None) -> int:
         if self.pause:
             return 0
         moved = 0
         try:
             while moved < limit:
                 size = min(BATCH, limit - moved)
-                taken, gone = self._batch(size, units)
+                taken, gone = self._batch(size, units, arrived)
                 moved += len(gone)
                 if gone:
                     self.delivery.forget(gone)
@@ -384,7 +395,7 @@ class OutboxRelay:
             text = type(error).__name__ if isinstance(error, SQLAlchemyError) else str(error)
             logger.warning("the outbox cannot be delivered (%s); what is in it waits and is tried again", text)
 
-    def _batch(self, size: int, units: Sequence[str] | None) -> tuple[int, list[str]]:
+    def _batch(self, size: int, units: Sequence[str] | None, arrived: Callable[[], object]) -> tuple[int, list[str]]:
         """Deliver up to *size* messages; return how many were looked at, and the keys of those that are gone."""
         read_at = time.monotonic()
 
@@ -394,7 +405,10 @@ class OutboxRelay:
         if self._locks:
             with self._writer.begin() as connection:
                 rows, taken = self._claim(connection, size, units)
-                gone = self._settle(connection, rows, self._hand_over(rows, fresh)) if rows else []
+                outcome = self._hand_over(rows, fresh) if rows else {}
+                if taken < size:
+                    arrived()  # on SQLite not before the write lock is given back
+                gone = self._settle(connection, rows, outcome)
         else:
             with self.engine.begin() as connection:
                 rows, taken = self._claim(connection, size, units)
@@ -411,7 +425,7 @@ class OutboxRelay:
     def _claim(self, connection: Connection, size: int, units: Sequence[str] | None) -> tuple[list[_Row], int]:
         """Read messages that are due, each with all before it of its transaction, and how many were looked at."""
         wanted = (
-            select(_c.id, _c.unit, _c.key, _c.body, _c.attempts, _c.name, _c.job_id)
+            select(_c.id, _c.unit, _c.key, _c.body, _c.attempts, _c.name, _c.job_id, _ahead)
             .where(_c.parked_at.is_(None), _c.due_at <= self._now())
             .order_by(_c.id)
             .limit(size)
@@ -420,23 +434,15 @@ class OutboxRelay:
             wanted = wanted.where(_c.unit.in_(units))
         if self._locks:
             wanted = wanted.with_for_update(skip_locked=True)
-        rows = connection.execute(wanted).all()
-        if not rows:
-            return [], 0
+        found = connection.execute(wanted).all()
         # Those passed over, because another relay has them or they are not due yet, must not be overtaken.
-        order = connection.execute(
-            select(_c.id, _c.unit)
-            .where(_c.unit.in_({row.unit for row in rows}), _c.parked_at.is_(None), _c.id <= rows[-1].id)
-            .order_by(_c.id)
-        )
-        taken = {row.id for row in rows}
-        held: set[str] = set()
-        for row_id, unit in order:
-            if row_id not in taken:
-                held.add(unit)
-            elif unit in held:
-                taken.discard(row_id)
-        return [row for row in rows if row.id in taken], len(rows)
+        rows: list[_Row] = []
+        taken: dict[str, int] = {}  # by unit
+        for row in found:
+            if row.ahead == taken.get(row.unit, 0):
+                taken[row.unit] = row.ahead + 1
+                rows.append(row)
+        return rows, len(found)
 
     def _settle(
         self, connection: Connection, rows: Sequence[_Row], outcome: Mapping[str, Exception | None]
