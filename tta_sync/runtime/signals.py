@@ -46,7 +46,7 @@ class HeldBack:
         self.came: list[int] = []  # in the order in which they came
         self._since = 0.0
         self._raised: BaseException | None = None  # by a handler that was called while the loop was blocked
-        self._may_repeat: dict[str, bool] = {"may": True}  # the right to send a signal again; setdefault and pop are atomic
+        self._may_repeat: dict[str, bool] = {"may": True}  # to send a signal again; both operations are atomic
         self._driving = True
 
     def turn(self) -> None:
