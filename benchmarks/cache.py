@@ -21,14 +21,19 @@ from typing import Any
 
 import redis
 import redis.asyncio
+from flask import Flask
 
 from benchmarks.primitives import Limit, measure, optional, ours, quartile, quick
 from benchmarks.report import Goal, Table, machine, pinned, write_page
 from tta_sync import WorkflowContext
-from tta_sync.primitives import CachePrimitive
+from tta_sync.flask import TTASync
+from tta_sync.primitives import CachePrimitive, FallbackPrimitive, TimeoutPrimitive
 from tta_sync.redis import find_redis_server
 
-PACKAGES = ("tta-sync", "cashews", "aiocache", "dogpile.cache", "cachetools", "flask-caching", "redis")
+PACKAGES = (
+    *("tta-sync", "cashews", "aiocache", "dogpile.cache", "cachetools", "flask-caching", "redis", "flask"),
+    "flask-limiter",
+)
 SMALL = {"answer": 42, "ok": True}
 LARGE = {f"key {number}": "x" * 10 for number in range(45)}
 CALLERS = 1000
@@ -128,7 +133,6 @@ def sync_peers(load: Sync, port: int | None = None) -> dict[str, Sync]:
 
         peers["dogpile.cache"] = by_dogpile
     with optional():
-        from flask import Flask
         from flask_caching import Cache as FlaskCache
 
         app = Flask(__name__)
@@ -192,6 +196,12 @@ def hit_from_sync(repeat: int) -> Table:
         primitive = cached(load)
         primitive.run_sync("key")
         calls[f"tta_sync peek, {size}"] = lambda primitive=primitive: primitive.peek("key", context)
+    wrapped = TimeoutPrimitive(FallbackPrimitive(cached(load_small), load_small), 5.0)
+    headed = CachePrimitive(ttl=3600) >> load_small >> load_small
+    for who, flow in (("in a fallback in a timeout", wrapped), ("at the head of a chain", headed)):
+        flow.run_sync("key")
+        flow.run_sync("key")  # by now the chain is bound
+        calls[f"tta_sync peek, {who}"] = lambda flow=flow: flow.peek("key", context)
     primitive = cached(load_small)
     primitive.run_sync("key")
     calls["tta_sync run_sync"] = lambda: primitive.run_sync("key")
@@ -199,7 +209,7 @@ def hit_from_sync(repeat: int) -> Table:
         peer("key")
         calls[who] = lambda peer=peer: peer("key")
     for who, figure in in_turn(calls, repeat).items():
-        goal = {"tta_sync peek, ≤ 100 bytes": 2.0, "tta_sync peek, 1 KB": 10.0}.get(who)
+        goal = 10.0 if who.endswith("1 KB") else 2.0 if " peek" in who else None
         made.add(who, figure, *([] if goal is None else [Limit(who, goal)]))
     return made
 
@@ -386,6 +396,60 @@ def _in_thread(peer: Sync, data: str) -> None:
     thread.join(_PATIENCE)
 
 
+def views(port: int, repeat: int) -> Table:
+    """What the view decorators add to a request of Flask's test client."""
+    calls: dict[str, Callable[[], object]] = {}
+    made = Table(
+        "cache-views",
+        "What a decorator adds to a request of Flask's test client",
+        "µs",
+        note="Differences to the bare view in the same rounds; a limit that is never reached, a new key each time.",
+    )
+    bare = "the bare view"
+    numbers = iter(range(10**9))
+
+    def site(who: str, decorate: Callable[[Flask], Callable[[Any], Any]], headers: bool = False) -> None:
+        app = Flask(__name__)
+        app.testing = True
+        app.add_url_rule("/", "view", decorate(app)(lambda: "done"), methods=["POST"])
+        client = app.test_client()
+        if headers:
+            calls[who] = lambda: client.post("/", headers={"Idempotency-Key": f"k{next(numbers)}"})
+        else:
+            calls[who] = lambda: client.post("/")
+
+    url = f"redis://127.0.0.1:{port}"
+    site(bare, lambda app: TTASync(app) and (lambda view: view))
+    for where, storage in (("memory", ""), ("Redis", url)):
+
+        def ours_here(app: Flask, storage: str = storage) -> TTASync:
+            app.config["TTA_REDIS_URL"] = storage
+            return TTASync(app)
+
+        site(f"tta_sync rate_limit, {where}", lambda app, h=ours_here: h(app).rate_limit(1e6, burst=10**6))
+        site(f"tta_sync idempotent, {where}, no key", lambda app, h=ours_here: h(app).idempotent())
+        site(f"tta_sync idempotent, {where}", lambda app, h=ours_here: h(app).idempotent(), headers=True)
+        with optional():
+            from flask_limiter import Limiter
+            from flask_limiter.util import get_remote_address
+
+            def theirs(app: Flask, storage: str = storage) -> Callable[[Any], Any]:
+                TTASync(app)
+                limiter = Limiter(get_remote_address, app=app, storage_uri=storage or "memory://", headers_enabled=True)
+                return limiter.limit("1000000 per second")
+
+            site(f"Flask-Limiter, {where}", theirs)
+    for call in calls.values():
+        answer: Any = call()
+        assert answer.status_code == 200, answer.data
+    figures = in_turn(calls, repeat)
+    for who, figure in figures.items():
+        if who != bare:
+            made.add(who, max(0.01, figure - figures[bare]))
+    made.note += f" The bare view takes {figures[bare]:.0f} µs."
+    return made
+
+
 def main(arguments: list[str]) -> list[Table]:
     parser = argparse.ArgumentParser(prog="make bench ARGS=cache", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
@@ -403,13 +467,19 @@ def main(arguments: list[str]) -> list[Table]:
     with redis_server() as port:
         with pinned():
             done(hit_on_loop(repeat * 5), hit_from_sync(repeat), miss(repeat * 5))
-        done(*hit_in_redis(port, repeat // 4), *stampede(port))
+        done(*hit_in_redis(port, repeat // 4), *stampede(port), views(port, repeat // 10))
     done(*black_holed(50))
     if options.write:
         write_page(
             "benchmarks-cache",
             "Benchmarks of the cache",
-            "All figures of one table come from one run; compare within a table only. "
+            "All figures of one table come from one run; compare within a table only. Costs per call are the lower "
+            "quartile of 40 rounds in which the contestants take turns, so that a busy moment of the machine hits all "
+            "alike and drops out; hits and misses in memory are measured with the process kept on one core. Redis is a "
+            "redis-server of the run's own on the same machine, which shares its cores. A stampede is one event, "
+            f"measured once: {CALLERS:,} tasks, or threads for the synchronous libraries. The black hole is a socket "
+            "that accepts connections and never answers. Peers are asked as their documents show, with their defaults. "
+            f"{'This run made a tenth of the repetitions (`--quick`). ' if options.quick else ''}"
             "`make bench ARGS='cache --write'` makes this page.",
             tables,
             machine(*PACKAGES),
