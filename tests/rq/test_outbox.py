@@ -869,16 +869,21 @@ def test_job_that_has_run_without_a_trace_is_not_enqueued_again(
     assert waiting(engine) == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--job-class", "tta_sync.rq.WorkflowJob"], ["--worker-class", "tta_sync.rq.AsyncWorker"]],
+    ids=["stock", "async"],
+)
 def test_job_written_in_a_job_is_enqueued_when_a_real_worker_runs_it(
-    url: str, engine: sa.Engine, client: Redis, redis_url: str, tmp_path: Path
+    options: list[str], url: str, engine: sa.Engine, client: Redis, redis_url: str, tmp_path: Path
 ) -> None:
-    """In the forked work horse of a stock worker, which ends as soon as its job has."""
+    """In the forked work horse of a stock worker, which ends as soon as its job has, and on AsyncWorker's threads."""
     jobs.enqueue_another.enqueue("times")
     command = [Path(sys.executable).with_name("rq"), "worker", "--burst", "--url", redis_url, "--path", CHECKOUT]
     env = {**os.environ, "OUTBOX_TEST_DATABASE": url, "REDIS_URL": redis_url}
     for _ in range(2):  # a slow machine may leave the second job to a relay
         subprocess.run(
-            [*command, "--job-class", "tta_sync.rq.WorkflowJob", "default"],
+            [*command, *options, "default"],
             cwd=tmp_path,
             env=env,
             check=True,
