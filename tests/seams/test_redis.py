@@ -766,3 +766,82 @@ def test_limit_and_hints_are_shared_when_processes_run_the_same_code(url: str, t
         for process in processes:
             process.communicate(timeout=30)
             assert process.returncode == 0
+
+
+# ---- Redis in trouble ------------------------------------------------------------------------------------------------
+
+
+def full(admin: redis.Redis) -> None:
+    admin.config_set("maxmemory", 1)
+    admin.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize("trouble", [full, lambda admin: admin.replicaof("127.0.0.1", 1)])
+def test_shared_state_does_without_redis_when_it_takes_nothing(own_redis_server: Any, trouble: Any) -> None:
+    """Out of memory, or a replica: limits are this process's, work with a key is not done, hints are none."""
+    url = own_redis_server.url
+    limit = RateLimitPrimitive(answer, rate=0.01, burst=2, store=url, workers=2)
+    breaker = CircuitBreakerPrimitive(fail, failure_threshold=1, hints=url)
+    store, work = IdempotencyStore(url), Work()
+    assert store.run("before", work).result == {"number": 1}
+    with redis.Redis.from_url(url) as admin:
+        trouble(admin)
+        assert [run_sync(limit, 1) for _ in range(2)] == [1, 1]
+        with pytest.raises(RateLimitedError) as caught:
+            run_sync(limit, 1)
+        assert 190 < caught.value.retry_after <= 200
+        with pytest.raises(OSError, match="down"):
+            run_sync(breaker, 1)
+        with pytest.raises(CircuitOpenError):
+            run_sync(breaker, 1)
+        with pytest.raises(ConnectionError, match=r"OOM|READONLY"):
+            store.run("k", work)
+        assert work.done == 1
+        admin.config_set("maxmemory", 0)
+        admin.replicaof("NO", "ONE")
+        assert store.run("k", work).result == {"number": 2}
+        assert store.run("before", work).replayed
+
+
+def test_shared_state_is_shared_again_when_redis_comes_back(own_redis_server: Any, eventually: Any) -> None:
+    """After a restart, empty, limits and keys work as before; nobody restarts us."""
+    url = own_redis_server.url
+    limit = RateLimitPrimitive(answer, rate=0.01, burst=1000, store=url)
+    store, work = IdempotencyStore(url), Work()
+    run_sync(limit, 1)
+    own_redis_server.stop(signal.SIGKILL)
+    run_sync(limit, 1)
+    with pytest.raises(ConnectionError):
+        store.run("k", work)
+    own_redis_server.start()
+    assert store.run("k", work).result == {"number": 1}  # the first to ask finds it
+
+    def shared() -> bool:
+        run_sync(limit, 1)
+        with redis.Redis.from_url(url) as client:
+            return bool(client.keys("*:limit:*"))
+
+    eventually(shared, what="the shared limit's return")
+
+
+def test_forked_child_listens_for_itself_when_its_parent_was_about_to(url: str) -> None:
+    """What another loop has begun, which in a forked child never ends, keeps nobody from listening."""
+    hints, other = RedisCircuitHints(url), asyncio.new_event_loop()
+
+    async def for_ever() -> None:
+        await asyncio.Event().wait()
+
+    begun = other.create_task(for_ever())
+    hints._tasks.add(begun)
+
+    async def main() -> None:
+        with redis.Redis.from_url(url) as client:
+            hints.open_until("a")
+            await hinted(lambda: client.pubsub_numsub("tta:1:#:circuits")[0][1] == 1)
+            client.publish("tta:1:#:circuits", f"{time.time() + 5} a")
+            await hinted(lambda: hints.open_until("a") is not None)
+
+    asyncio.run(main())
+    begun.cancel()
+    other.run_until_complete(asyncio.gather(begun, return_exceptions=True))
+    other.close()

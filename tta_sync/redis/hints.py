@@ -36,12 +36,14 @@ class RedisCircuitHints:
     def open_until(self, circuit: str) -> float | None:
         """Return the wall-clock moment until which some process keeps *circuit* open, as far as it was heard."""
         try:
-            asyncio.get_running_loop()
+            loop = asyncio.get_running_loop()
         except RuntimeError:
             pass  # a peek, on a thread without a loop: what was heard so far will do
         else:
             listener = self._endpoint.listener
-            if not (listener.hears(self._channel, self) or listener.down or self._tasks):
+            # Tasks of other loops, a forked child's parent's among them, listen for those.
+            ours = self._tasks and any(task.get_loop() is loop for task in tuple(self._tasks))
+            if not (ours or listener.hears(self._channel, self) or listener.down):
                 self._start(self._listen())
         return self._until.get(circuit)
 
