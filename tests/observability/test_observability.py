@@ -148,6 +148,11 @@ EVENTS: list[tuple[records.Event, str, str]] = [
         "cache_miss step=s layer=memory reason=absent",
     ),
     (
+        records.CacheMiss(step="s", layer="redis", reason="foreign"),
+        'tta_cache_misses_total{layer="redis",reason="foreign",step="s"}',
+        "cache_miss step=s layer=redis reason=foreign",
+    ),
+    (
         records.CacheBypassed(step="s", reason="redis is down"),
         'tta_cache_requests_total{layer="memory",result="bypass",step="s"}',
         'cache_bypassed step=s reason="redis is down" layer=memory',

@@ -68,11 +68,16 @@ class PrometheusHook:
         compensations = counter("tta_compensations_failed", "Compensations that failed", "step")
         items = counter("tta_map_items", "Items of maps that ended", "step")
         cache = counter("tta_cache_requests", "Cache look-ups", "step", "layer", "result")
+        misses = counter("tta_cache_misses", "Cache look-ups without an answer, by reason", "step", "layer", "reason")
         stores = counter("tta_cache_stores", "Values stored in a cache", "step", "layer")
         stalls = histogram("tta_loop_stall_seconds", "How long code blocked the event loop")
         orphans = counter("tta_calls_orphaned", "Calls left running after their caller went")
         restarts = counter("tta_loop_restarts", "Deaths of the event loop's thread")
         transactions = histogram("tta_transaction_held_seconds", "How long transactions were held across an await")
+
+        def missed(event: Any, step: str) -> None:
+            cache.labels(step, event.layer, "miss").inc()
+            misses.labels(step, event.layer, self._label(event.reason)).inc()
 
         def changed(state: str, value: int) -> Callable[[Any, str], None]:
             def record(event: Any, step: str) -> None:
@@ -95,7 +100,7 @@ class PrometheusHook:
             "CompensationFailed": lambda e, step: compensations.labels(step).inc(),
             "MapProgressed": lambda e, step: items.labels(step).inc(),
             "CacheHit": lambda e, step: cache.labels(step, e.layer, "stale" if e.stale else "hit").inc(),
-            "CacheMiss": lambda e, step: cache.labels(step, e.layer, "miss").inc(),
+            "CacheMiss": missed,
             "CacheBypassed": lambda e, step: cache.labels(step, e.layer, "bypass").inc(),
             "CacheStored": lambda e, step: stores.labels(step, e.layer).inc(),
             "LoopStalled": lambda e, step: stalls.observe(e.seconds),
