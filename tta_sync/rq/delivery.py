@@ -11,13 +11,16 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import logging
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from rq.executions import Execution
-from rq.job import Job, Retry
+from rq.job import Job, JobStatus, Retry
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
@@ -26,10 +29,15 @@ from rq.utils import now
 from tta_sync.context import WorkflowContext, current_caller
 from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import run_sync
-from tta_sync.primitives.core.base import WorkflowPrimitive
-from tta_sync.rq.job import bind, check_result, current_job
+from tta_sync.primitives.core.base import CallerPrimitive, WorkflowPrimitive
+from tta_sync.rq.job import bind, check_result, context_of, current_job
 from tta_sync.rq.lanes import LaneCaller, Lanes
 from tta_sync.rq.progress import Progress
+
+logger = logging.getLogger("rq.worker")
+
+_IMPORTERS = 4  # threads in which the modules of jobs are imported
+_FENCE_POLL = 0.02  # seconds
 
 _HANDLERS_TIMEOUT = 60  # seconds for the worker's exception handlers, all together
 
@@ -41,10 +49,15 @@ DRAINED = "drained"  # the worker stops
 LOST = "lost"  # somebody else has recovered it: nothing that it does counts any more
 
 
+class WorkerStoppedError(Exception):
+    """The worker was told to stop, and the job, which cannot be interrupted, did not end in time."""
+
+
 class Delivery:
     """One execution of one job."""
 
     __slots__ = (
+        "asked",
         "by",
         "context",
         "counts",
@@ -54,9 +67,12 @@ class Delivery:
         "execution",
         "fn",
         "gave_up",
+        "in_thread",
         "inner",
         "job",
+        "limit",
         "number",
+        "outcome",
         "phase",
         "progress",
         "queue",
@@ -65,6 +81,8 @@ class Delivery:
         "running_key",
         "task",
         "timers",
+        "unanswered",
+        "webhook",
         "why",
     )
 
@@ -74,7 +92,7 @@ class Delivery:
         self.queue = queue
         self.number = number  # in order of claiming
         self.counts = job.retries_left, job.repeats_left, job.number_of_retries  # writing an end changes them
-        self.fn: Any = None  # a function, or a workflow
+        self.fn: Any = None  # a function, or a workflow; None while its module has not been imported
         self.definition: Any = None  # of a workflow_job
         self.context: WorkflowContext | None = None
         self.running_key: str | None = None
@@ -85,11 +103,17 @@ class Delivery:
         self.task: asyncio.Task[None] | None = None
         self.inner: asyncio.Task[Any] | None = None  # of a job in a unit of work: what its thread waits for
         self.timers: list[asyncio.TimerHandle] = []
+        self.limit: Exception | None = None  # what it ends with when its time is over
         self.result: Any = None
         self.error: BaseException | None = None
         self.exc_string = ""
         self.gave_up = False  # it did not end when it was told to
         self.reported = False
+        self.in_thread = False  # its function, or its unit of work, has begun on a thread, and not ended
+        self.outcome: BaseException | None = None  # of its function, while callbacks run
+        self.asked = False  # somebody wants it to end, and it was told so; the main thread's
+        self.unanswered = False  # its end was sent to Redis, which has not answered; the main thread's
+        self.webhook: tuple[str, str] | None = None  # status and error, once that is written; the main thread's
 
     @property
     def sync(self) -> bool:
@@ -100,13 +124,23 @@ class Delivery:
         return not isinstance(fn, WorkflowPrimitive) and not inspect.iscoroutinefunction(_plain(fn))
 
     @property
-    def name(self) -> str:
-        return self.job.description or self.job.id
+    def plain(self) -> bool:
+        """Whether it is synchronous code and nothing else, which cannot be interrupted."""
+        return self.definition is None or type(self.definition.workflow) is CallerPrimitive
 
     def seconds(self) -> float:
         """How long it ran."""
         job = self.job
         return (job.ended_at - job.started_at).total_seconds() if job.started_at and job.ended_at else 0.0
+
+
+def imported(job: Job) -> Any:
+    """Return the job's function if its module has been imported already, else None."""
+    module_name, _, name = (job.func_name or "").rpartition(".")
+    module = sys.modules.get(module_name)
+    if module is None or job.instance or getattr(getattr(module, "__spec__", None), "_initializing", False):
+        return None
+    return getattr(module, name, None)
 
 
 def _plain(fn: Any) -> Any:
@@ -153,6 +187,8 @@ class Runner:
         self.grace = grace
         self.sync_lanes = Lanes(sync_threads, "tta_sync-job")
         self.session_lanes = Lanes(session_threads, "tta_sync-session")
+        self.import_lanes = Lanes(_IMPORTERS, "tta_sync-import")
+        self.lease_until = 0.0  # on time.monotonic(): until then nobody takes the worker for dead
         self.orphans: set[asyncio.Task[None]] = set()  # cancelled, and not ended in time
         self._handlers = exception_handlers
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -171,8 +207,8 @@ class Runner:
         try:
             await self._closed.wait()
         finally:
-            self.sync_lanes.close()
-            self.session_lanes.close()
+            for lanes in self._all_lanes:
+                lanes.close()
 
     def post(self, fn: Callable[..., object], *args: Any) -> None:
         """Call *fn* on the loop's thread, soon. Any thread.
@@ -188,18 +224,33 @@ class Runner:
         self._closed.set()
 
     @property
+    def _all_lanes(self) -> tuple[Lanes, ...]:
+        return self.sync_lanes, self.session_lanes, self.import_lanes
+
+    @property
     def abandoned(self) -> int:
         """How many threads were given up and still run."""
-        return self.sync_lanes.count_abandoned() + self.session_lanes.count_abandoned()
+        return sum(lanes.count_abandoned() for lanes in self._all_lanes)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many threads were given up that jobs may have to wait for ever."""
+        return any(lanes.exhausted for lanes in self._all_lanes)
+
+    def renew(self, until: float) -> None:
+        """Take note that the lease holds until then; what was taken from this worker before has been said before."""
+        self.lease_until = until
+
+    async def _fence(self) -> None:
+        """Wait while the worker may have been taken for dead, and its jobs may be begun elsewhere."""
+        while time.monotonic() >= self.lease_until:  # noqa: ASYNC110  # the clock closes it, at any moment
+            await asyncio.sleep(_FENCE_POLL)
 
     # ---- one job
 
     def launch(self, deliveries: list[Delivery]) -> None:
         assert self._loop is not None
         for delivery in deliveries:
-            if delivery.why is not None:  # stopped before it began
-                self._end(delivery, delivery.by or asyncio.CancelledError())
-                continue
             context = self._base.copy()
             coroutine = self._run(delivery)
             delivery.task = asyncio.Task(coroutine, loop=self._loop, name=delivery.job.id, context=context)
@@ -219,24 +270,52 @@ class Runner:
             return
         for timer in delivery.timers:
             timer.cancel()
+        deadline = None if delivery.context is None else delivery.context.deadline
+        late = deadline is not None and deadline.remaining() <= 0
+        if late and isinstance(error, DeadlineExceededError) and delivery.why is None and delivery.limit is not None:
+            delivery.why, delivery.by = TIMED_OUT, delivery.limit  # a step has noticed before us
         error = self._verdict(delivery, error)
         job.ended_at = now()
         delivery.result = None if error is not None else result
-        if error is not None and delivery.why not in (DRAINED, LOST):
+        delivery.outcome = error
+        if self._wants_to_be_told(delivery, error):
             # The task is being cancelled, perhaps: what follows is not the job's any more.
-            self._call_back(delivery, error, result)
-        elif error is None and (job._success_callback_name or job._failure_callback_name):
-            self._call_back(delivery, None, result)
+            delivery.phase = CALLING_BACK
+            assert self._loop is not None
+            context = self._base.copy()
+            delivery.task = self._loop.create_task(self._callbacks(delivery, error, result), context=context)
         else:
             self._end(delivery, error)
 
     async def _perform(self, delivery: Delivery) -> Any:
         job, context = delivery.job, delivery.context
+        if delivery.why is not None:  # it was stopped before it began
+            raise asyncio.CancelledError
         if delivery.error is not None:
             raise delivery.error
         assert context is not None
+        if delivery.fn is None:
+            await self._import(delivery)
         with bind(job, context) as delivery.progress:
             return await self._call(delivery, context)
+
+    async def _import(self, delivery: Delivery) -> None:
+        """Import the job's module, and decode a pickle: that is its author's code, and may take its time, or hang."""
+        job = delivery.job
+
+        def load() -> Any:
+            job.args, job.kwargs  # noqa: B018  # decoded here
+            return job.func
+
+        lane = await self.import_lanes.take()
+        try:
+            self._start_clock(delivery)
+            fn = await lane.run(load)
+        finally:
+            self.import_lanes.give_back(lane)
+        if fn is None:
+            raise ValueError("this job has no function")
+        delivery.fn, delivery.definition = fn, getattr(fn, "_tta_job", None)
 
     async def _call(self, delivery: Delivery, context: WorkflowContext) -> Any:
         job, fn, definition = delivery.job, delivery.fn, delivery.definition
@@ -249,12 +328,15 @@ class Runner:
                 call = functools.partial(definition.run, *job.args, context=context, enter=enter, **job.kwargs)
             lane = await lanes.take()
             try:
+                await self._fence()
                 self._start_clock(delivery)
+                delivery.in_thread = True
                 result: Any = await lane.run(call)
                 if not inspect.isawaitable(result):
                     return self._checked(job, result)
             finally:
                 lanes.give_back(lane)
+            delivery.in_thread = False
             caller = LaneCaller(self.session_lanes)
             current_caller.set(caller)
             try:
@@ -263,6 +345,7 @@ class Runner:
                 caller.leave()
         caller = LaneCaller(self.session_lanes)
         current_caller.set(caller)
+        await self._fence()
         self._start_clock(delivery)
         try:
             if definition is not None:
@@ -288,42 +371,64 @@ class Runner:
         job, context = delivery.job, delivery.context
         assert self._loop is not None
         assert context is not None
+        limit: Exception
+        if delivery.timers:  # it began with the import of its module
+            return
         timeout = float(job.timeout or Queue.DEFAULT_TIMEOUT)
         deadline = context.deadline
-        if timeout > 0:
-            limit: BaseException = JobTimeoutException(f"Task exceeded maximum timeout value ({timeout:g} seconds)")
-            if deadline is not None and deadline.remaining() < timeout - 0.5:  # it came with the job, and comes first
-                timeout, limit = deadline.remaining(), DeadlineExceededError(deadline.seconds)
-        elif deadline is not None:
+        if deadline is not None and deadline.seconds is not None and deadline.remaining() < timeout - 0.1:
+            context.deadline = deadline = context_of(job).deadline  # it waited for a thread: that is not the job's time
+        if deadline is not None and (deadline.seconds is None or timeout <= 0):  # it came with the job, and comes first
             timeout, limit = deadline.remaining(), DeadlineExceededError(deadline.seconds)
+        elif timeout > 0:
+            limit = JobTimeoutException(f"Task exceeded maximum timeout value ({timeout:g} seconds)")
         else:
             return
         if timeout <= 0:
             raise limit
+        delivery.limit = limit
         delivery.timers.append(self._loop.call_later(timeout, self.cancel, delivery, TIMED_OUT, limit))
 
     def cancel(self, delivery: Delivery, why: str, by: BaseException | None = None) -> None:
         """Cancel the job; what it returns from now on does not count. The first reason stands, but for LOST."""
         if delivery.phase == ENDED or (delivery.why is not None and why != LOST):
             return
+        assert self._loop is not None
         if delivery.phase == CALLING_BACK:
-            return  # it has ended; its callbacks have a timeout of their own
+            # It has ended; its callbacks have a timeout of their own, for which a worker that stops does not wait.
+            if why == DRAINED:
+                delivery.timers.append(self._loop.call_later(self.grace, self._leave_callbacks, delivery))
+            return
         again = delivery.why is not None
         delivery.why, delivery.by = why, by
         task = delivery.inner or delivery.task
-        if task is None or again:
+        if task is None or again or delivery.phase == WAITING:  # to cancel a task that has not begun is to lose it
             return
-        assert self._loop is not None
         patience = self.grace
         if why == TIMED_OUT and delivery.inner is not None:
             # The call that its thread waits in has the same deadline. To be cancelled twice would cut its clean-up.
             patience += 0.5
+        elif delivery.in_thread and delivery.inner is None and not delivery.plain:
+            pass  # its thread begins or ends the transaction, which must not be left behind; it begins nothing further
         else:
             context = delivery.context
             if why == TIMED_OUT and context is not None and context.deadline is not None:
                 context.deadline.struck = True  # a breaker inside will ask why it was cancelled
             task.cancel()
         delivery.timers.append(self._loop.call_later(patience, self._give_up, delivery))
+
+    def drain(self, delivery: Delivery, seconds: float) -> None:
+        """End what has not ended within the *seconds* that a worker which stops has left it."""
+        if delivery.in_thread and delivery.plain:
+            limit = f"the worker was stopped, and this job did not end within {seconds:g} s"
+            self.cancel(delivery, TIMED_OUT, WorkerStoppedError(limit))
+        else:
+            self.cancel(delivery, DRAINED)
+
+    def _leave_callbacks(self, delivery: Delivery) -> None:
+        if delivery.phase == CALLING_BACK:
+            logger.warning("job %s: its callbacks did not end before the worker did", delivery.job.id)
+            self._end(delivery, delivery.outcome)
 
     def _give_up(self, delivery: Delivery) -> None:
         if delivery.phase != RUNNING:
@@ -352,40 +457,65 @@ class Runner:
 
     # ---- its end
 
-    def _call_back(self, delivery: Delivery, error: BaseException | None, result: Any) -> None:
-        """Call what the job's author and the worker's want to be called, in a thread, and end the delivery."""
+    def _wants_to_be_told(self, delivery: Delivery, error: BaseException | None) -> bool:
         job = delivery.job
-        if error is None or job._failure_callback_name or self._handlers or job._stopped_callback_name:
-            delivery.phase = CALLING_BACK
-            assert self._loop is not None
-            task = self._loop.create_task(self._callbacks(delivery, error, result), context=self._base.copy())
-            delivery.task = task
-        else:
-            self._end(delivery, error)
+        if error is None:
+            return bool(job._success_callback_name)
+        if delivery.why in (DRAINED, LOST):
+            return False
+        if delivery.why == STOPPED:
+            return bool(job._stopped_callback_name)
+        return bool(job._failure_callback_name or self._handlers)
 
     async def _callbacks(self, delivery: Delivery, error: BaseException | None, result: Any) -> None:
+        """Call what the job's author and the worker's want to be called, in a thread, and end the delivery."""
         job = delivery.job
         current_job.set(job)
         try:
-            if error is None and job._success_callback_name:
-                callback = job.success_callback
-                await self._limited(job.success_callback_timeout, callback, job, job.connection, result)
+            if error is None:
+                job._status, job._result = JobStatus.FINISHED, result
+                await self._limited(job.success_callback_timeout, _call, job, "success_callback", result)
         except BaseException as raised:
             error = raised
-        if error is not None:
+        if error is not None and delivery.phase != ENDED:
             try:
                 if delivery.why == STOPPED:
-                    if job._stopped_callback_name:
-                        await self._limited(job.stopped_callback_timeout, job.stopped_callback, job, job.connection)
-                elif job._failure_callback_name:
-                    told = job, job.connection, type(error), error, error.__traceback__
-                    await self._limited(job.failure_callback_timeout, job.failure_callback, *told)
+                    await self._limited(job.stopped_callback_timeout, _call, job, "stopped_callback")
+                else:
+                    await self._tell_of_failure(job, error)
             except BaseException as raised:
                 error = raised
-            if self._handlers and delivery.why != STOPPED:
+        self._end(delivery, error)
+
+    async def _tell_of_failure(self, job: Job, error: BaseException) -> None:
+        """Call the failure callback, then the worker's handlers, which are told what the callback raised if it did."""
+        job._status = JobStatus.FAILED
+        try:
+            if job._failure_callback_name:
+                told = type(error), error, error.__traceback__
+                await self._limited(job.failure_callback_timeout, _call, job, "failure_callback", *told)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if self._handlers:
                 with contextlib.suppress(BaseException):
                     await self._limited(_HANDLERS_TIMEOUT, self._handle, job, error)
-        self._end(delivery, error)
+
+    def tell_of_death(self, job: Job, error: BaseException) -> None:
+        """Call what the author of a job whose worker has died wants called; the job has ended already."""
+        if job._failure_callback_name or self._handlers:
+            assert self._loop is not None
+            task = self._loop.create_task(self._tell_of_death(job, error), context=self._base.copy())
+            self.orphans.add(task)
+            task.add_done_callback(self.orphans.discard)
+
+    async def _tell_of_death(self, job: Job, error: BaseException) -> None:
+        current_job.set(job)
+        try:
+            await self._tell_of_failure(job, error)
+        except Exception:
+            logger.exception("a callback of job %s failed", job.id)
 
     def _handle(self, job: Job, error: BaseException) -> None:
         for handler in self._handlers:
@@ -396,9 +526,11 @@ class Runner:
     async def _limited(self, seconds: float, call: Any, *args: Any) -> Any:
         lane = await self.sync_lanes.take()
         try:
-            async with asyncio.timeout(seconds if seconds > 0 else None):
+            async with asyncio.timeout(seconds if seconds > 0 else None) as limit:
                 return await lane.run(call, *args)
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # the callback's own
             raise JobTimeoutException(f"Task exceeded maximum timeout value ({seconds} seconds)") from error
         finally:
             self.sync_lanes.give_back(lane)
@@ -410,15 +542,30 @@ class Runner:
         delivery.error = error
         if error is not None:
             delivery.result = None
-            delivery.exc_string = "".join(traceback.format_exception(error))
-            error.__traceback__ = None  # it holds the frames of the job, and they the world
+            delivery.exc_string = _described(error)
+            # It holds the frames of the job, and they the world. A frozen dataclass refuses to have it assigned.
+            BaseException.with_traceback(error, None)
         for timer in delivery.timers:
             timer.cancel()
         delivery.timers.clear()
         if not delivery.gave_up:
             delivery.task = None
-        delivery.context = None
+        delivery.context = delivery.outcome = None
         self.report(delivery)
+
+
+def _call(job: Job, name: str, *args: Any) -> None:
+    """Import the job's callback of that name, and call it."""
+    callback = getattr(job, name)
+    if callback is not None:
+        callback(job, job.connection, *args)
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as broken:  # what the error has of its own is not in order
+        return f"{type(error).__qualname__} (it cannot be shown: {type(broken).__qualname__})\n"
 
 
 def is_retry(result: Any) -> bool:

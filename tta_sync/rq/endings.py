@@ -6,16 +6,20 @@ it, so that a worker which comes back too late writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import WatchError
-from rq.job import JobStatus
+from redis.exceptions import RedisError, WatchError
+from rq.defaults import DEFAULT_FAILURE_TTL
+from rq.job import Job, JobStatus
+from rq.queue import Queue
 from rq.repeat import Repeat
 from rq.results import Result
+from rq.utils import now, utcformat
 from rq.worker import BaseWorker
 
 from tta_sync.rq.claims import DELIVERIES
@@ -25,33 +29,75 @@ from tta_sync.rq.progress import flush
 
 logger = logging.getLogger("rq.worker")
 
-_ATTEMPTS = 20  # at a transaction that others keep touching
+_ATTEMPTS = 20  # at a transaction that others keep touching, before the next job has its turn
+
+
+@contextlib.contextmanager
+def inside(pipe: Pipeline, job: Job, queue: Queue) -> Iterator[Queue]:
+    """Have all that RQ writes to schedule *job* be part of the transaction.
+
+    RQ adds it to its registry at once, whatever pipeline it is given: of a transaction that comes to nothing a job
+    would be left that runs a second time.
+    """
+    bound = type(queue)(
+        queue.name,
+        connection=pipe,
+        default_timeout=queue._default_timeout,
+        job_class=queue.job_class,
+        serializer=queue.serializer,
+    )
+    bound.redis_server_version = queue.get_redis_server_version()
+    connection, job.connection = job.connection, pipe
+    try:
+        yield bound
+    finally:
+        job.connection = connection
+
+
+def fail_barely(job: Job, exc_string: str, pipe: Pipeline, **told: Any) -> None:
+    """Fail a job which RQ's own methods cannot save: write what shows that it failed, and nothing that it holds."""
+    ttl = DEFAULT_FAILURE_TTL if job.failure_ttl is None else job.failure_ttl
+    moment = now()
+    pipe.hset(job.key, mapping={"status": JobStatus.FAILED.value, "ended_at": utcformat(job.ended_at or moment)})
+    pipe.zadd(job.failed_job_registry.key, {job.id: ttl if ttl < 0 else int(moment.timestamp()) + ttl})
+    Result.create_failure(job, ttl, exc_string, pipeline=pipe, **told)
+    if ttl > 0:
+        pipe.expire(job.key, ttl)
 
 
 class Endings:
     """Writes for one worker, on its main thread.
 
     Raises, all methods:
-        redis.exceptions.RedisError: nothing, or not all, was written; to be called again with the same deliveries.
+        redis.exceptions.RedisError: nothing, or not all, was written; to be called again with what was not.
     """
 
     def __init__(self, worker: BaseWorker) -> None:
         self._worker = worker
         self._connection: Redis = worker.connection
 
-    def write(self, deliveries: Sequence[Delivery]) -> None:
-        """Write what has ended; whoever is LOST is passed over."""
+    def write(self, deliveries: Sequence[Delivery], written: Callable[[Delivery], None]) -> None:
+        """Write what has ended, and tell *written* of each; whoever is LOST is passed over.
+
+        Of what is not told another has changed something again and again: it is to be given once more.
+        """
         plain: list[Delivery] = []
         rest: list[Delivery] = []
         for delivery in deliveries:
             if delivery.why == LOST:
-                continue
-            (plain if self._is_plain(delivery) else rest).append(delivery)
+                written(delivery)
+            else:
+                (plain if self._is_plain(delivery) else rest).append(delivery)
         if plain:
-            rest.extend(self._write_together(plain))
+            if self._write_together(plain):
+                for delivery in plain:
+                    written(delivery)
+            else:
+                rest.extend(plain)
         # Put back in front of its queue: the first to have been claimed is the last to be put there.
         for delivery in sorted(rest, key=lambda delivery: -delivery.number if delivery.why == DRAINED else 1):
-            self._write_one(delivery)
+            if self._write_one(delivery):
+                written(delivery)
 
     def _is_plain(self, delivery: Delivery) -> bool:
         """Say whether nothing can hang on how it ended but dependents, which are asked for in Redis."""
@@ -66,60 +112,101 @@ class Endings:
 
     # ---- many at once
 
-    def _write_together(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """Write all in one transaction; return those that must be looked at one by one."""
+    def _write_together(self, deliveries: list[Delivery]) -> bool:
+        """Write all in one transaction; say whether that was possible. Else they must be looked at one by one."""
         with self._connection.pipeline(transaction=True) as pipe:
             dependents = [delivery.job.dependents_key for delivery in deliveries]
             executions = [delivery.execution.key for delivery in deliveries]
             pipe.watch(*dependents, *executions)  # type: ignore[no-untyped-call]
             if pipe.exists(*executions) != len(executions) or pipe.exists(*dependents):
-                return deliveries
+                return False
             pipe.multi()
-            flush([delivery.progress for delivery in deliveries if delivery.progress is not None], pipe, final=True)
-            done = working = 0.0
-            for delivery in deliveries:
-                if delivery.error is None:
-                    self._succeed(delivery, pipe)
-                    done += 1
-                else:
-                    self._fail(delivery, pipe)
-                self._forget(delivery, pipe)
-                working += delivery.seconds()
-            key = self._worker.key
-            if done:
-                pipe.hincrby(key, "successful_job_count", int(done))
-            if failed := len(deliveries) - int(done):
-                pipe.hincrby(key, "failed_job_count", failed)
-            pipe.hincrbyfloat(key, "total_working_time", working)
+            try:
+                self._transact_together(deliveries, pipe)
+            except RedisError:
+                raise
+            except Exception:
+                return False  # one of them is at fault, and will be found
             try:
                 pipe.execute()
             except WatchError:  # dependents came, or somebody has recovered one of them
-                return deliveries
-        return []
+                return False
+            except RedisError:
+                for delivery in deliveries:
+                    delivery.unanswered = True
+                raise
+        return True
+
+    def _transact_together(self, deliveries: list[Delivery], pipe: Pipeline) -> None:
+        flush([delivery.progress for delivery in deliveries if delivery.progress is not None], pipe, final=True)
+        done = working = 0.0
+        for delivery in deliveries:
+            if delivery.error is None:
+                self._succeed(delivery, pipe)
+                done += 1
+            else:
+                self._fail(delivery, pipe)
+            self._forget(delivery, pipe)
+            working += delivery.seconds()
+        key = self._worker.key
+        if done:
+            pipe.hincrby(key, "successful_job_count", int(done))
+        if failed := len(deliveries) - int(done):
+            pipe.hincrby(key, "failed_job_count", failed)
+        pipe.hincrbyfloat(key, "total_working_time", working)
 
     # ---- one at a time
 
-    def _write_one(self, delivery: Delivery) -> None:
-        job, queue = delivery.job, delivery.queue
+    def _write_one(self, delivery: Delivery) -> bool:
+        """Write its end, or find that it is not ours any more; say False if others changed too much meanwhile."""
+        job = delivery.job
+        spoilt = False
         for _ in range(_ATTEMPTS):
             with self._connection.pipeline(transaction=True) as pipe:
                 try:
                     pipe.watch(job.dependents_key, delivery.execution.key)  # type: ignore[no-untyped-call]
                     if not pipe.exists(delivery.execution.key):
                         self._lost(delivery)
-                        return
-                    self._transact(delivery, pipe)
+                        return True
+                    try:
+                        if spoilt:
+                            self._transact_barely(delivery, pipe)
+                        else:
+                            self._transact(delivery, pipe)
+                    except RedisError:
+                        raise
+                    except Exception as error:
+                        if spoilt:
+                            raise
+                        logger.exception("Worker %s: the end of job %s cannot be written", self._worker.name, job.id)
+                        delivery.exc_string += f"\nIts end could not be written: {type(error).__name__}: {error}\n"
+                        delivery.error = delivery.error or error
+                        spoilt = True
+                        continue
                     pipe.execute()
                 except WatchError:
                     continue
-            return
-        raise RuntimeError(f"job {job.id} of queue {queue.name} changes faster than its end can be written")
+                except RedisError:
+                    delivery.unanswered = True
+                    raise
+            return True
+        return False
+
+    def _transact_barely(self, delivery: Delivery, pipe: Pipeline) -> None:
+        pipe.multi()
+        self._worker.increment_failed_job_count(pipeline=pipe)
+        delivery.webhook = "failed", delivery.exc_string
+        fail_barely(delivery.job, delivery.exc_string, pipe, **self._of(delivery))
+        self._forget(delivery, pipe)
 
     def _transact(self, delivery: Delivery, pipe: Pipeline) -> None:
         worker, job, queue = self._worker, delivery.job, delivery.queue
         if delivery.why == DRAINED and delivery.error is not None:
+            pipe.watch(job.key)  # type: ignore[no-untyped-call]
+            deleted = not pipe.exists(job.key)
             pipe.multi()
-            self.put_back(delivery, pipe)
+            if not deleted:
+                self.put_back(delivery, pipe)
             self._forget(delivery, pipe)
             return
         job.retries_left, job.repeats_left, job.number_of_retries = delivery.counts  # an earlier attempt changed them
@@ -146,9 +233,14 @@ class Endings:
             worker.increment_failed_job_count(pipeline=pipe)
             if retry:
                 pipe.hdel(job.key, DELIVERIES)
-                job.retry(queue, pipe)
+                with inside(pipe, job, queue) as bound:
+                    job.retry(bound, pipe)
             else:
                 self._fail(delivery, pipe)
+        delivery.webhook = None
+        if not retry and delivery.why != STOPPED:
+            ended_well = delivery.error is None and not is_retry(delivery.result)
+            delivery.webhook = ("finished" if ended_well else "failed"), delivery.exc_string
         if job.started_at is not None and job.ended_at is not None:
             worker.increment_total_working_time(job.ended_at - job.started_at, pipe)
         self._forget(delivery, pipe)
@@ -161,6 +253,11 @@ class Endings:
         return is_retry(result) and not (job.number_of_retries and job.number_of_retries >= result.max)
 
     def _lost(self, delivery: Delivery) -> None:
+        if delivery.unanswered:
+            logger.info(
+                "Worker %s: job %s was written, though Redis's answer was lost", self._worker.name, delivery.job.id
+            )
+            return
         logger.warning(
             "Worker %s: job %s was taken from this worker, which had not been heard of for too long; "
             "what it did is not recorded",
@@ -186,7 +283,9 @@ class Endings:
         if ttl != 0:
             job._handle_success(ttl, pipeline=pipe, **self._of(delivery))
         if job.repeats_left is not None and job.repeats_left > 0:
-            Repeat.schedule(job, delivery.queue, pipeline=pipe)
+            pipe.hdel(job.key, DELIVERIES)
+            with inside(pipe, job, delivery.queue) as bound:
+                Repeat.schedule(job, bound, pipeline=pipe)
         else:
             job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
 
@@ -201,7 +300,8 @@ class Endings:
         job._result = retry
         self._worker.increment_failed_job_count(pipeline=pipe)
         if self._wants_retry(delivery):
-            job._handle_retry_result(queue=delivery.queue, pipeline=pipe, retry=retry, **self._of(delivery))
+            with inside(pipe, job, delivery.queue) as bound:
+                job._handle_retry_result(queue=bound, pipeline=pipe, retry=retry, **self._of(delivery))
             return
         job.set_status(JobStatus.FAILED, pipeline=pipe)
         job.failed_job_registry.add(job, ttl=job.failure_ttl, exc_string="", pipeline=pipe)

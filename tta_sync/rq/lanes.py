@@ -24,6 +24,7 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self.busy = 0  # calls queued or running; the loop's thread only
+        self.when_idle: Callable[[Lane], None] | None = None  # of a lane that was given up
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
@@ -48,6 +49,8 @@ class Lane:
 
         def settle(result: Any, error: BaseException | None) -> None:
             self.busy -= 1
+            if not self.busy and self.when_idle is not None:
+                self.when_idle(self)
             if future.done():
                 return
             if error is None:
@@ -87,7 +90,9 @@ class Lane:
 
 
 class Lanes:
-    """At most *limit* lanes at work; those given up while busy are counted, and are no part of the limit.
+    """At most *limit* lanes at work, and at most as many that were given up while busy.
+
+    When there are so many of those that no thread may be added, whoever asks for a lane waits until one of them ends.
 
     Loop thread only.
     """
@@ -105,7 +110,7 @@ class Lanes:
         """Wait for a free lane, in order of asking."""
         if self._free:
             return self._free.pop()
-        if self._made < self.limit:
+        if self._may_make:
             return self._make()
         future: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
@@ -116,33 +121,49 @@ class Lanes:
                 self.give_back(future.result())
             raise
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many lanes were given up, and are still busy, as may be."""
+        return len(self.abandoned) >= self.limit
+
+    @property
+    def _may_make(self) -> bool:
+        return self._made < self.limit and not self.exhausted
+
     def _make(self) -> Lane:
+        lane = Lane(f"{self._name}_{self._number + 1}")
         self._made += 1
         self._number += 1
-        return Lane(f"{self._name}_{self._number}")
+        return lane
 
     def give_back(self, lane: Lane) -> None:
         """Return *lane*: to the next who waits, or, if it is still busy, to itself."""
         if lane.busy:
             self._made -= 1
             self.abandoned.add(lane)
+            lane.when_idle = self._came_to_rest
             lane.end()
-            if len(self.abandoned) < self.limit and self._waiting:
-                self._hand_over(self._make)
+            self._serve_waiting()
             return
-        self._hand_over(lambda: lane)
+        self._free.append(lane)
+        self._serve_waiting()
 
-    def _hand_over(self, get: Callable[[], Lane]) -> None:
-        while self._waiting:
+    def _came_to_rest(self, lane: Lane) -> None:
+        self.abandoned.discard(lane)
+        self._serve_waiting()
+
+    def _serve_waiting(self) -> None:
+        while self._waiting and (self._free or self._may_make):
             future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(get())
-                return
-        self._free.append(get())
+            if future.done():
+                continue
+            try:
+                future.set_result(self._free.pop() if self._free else self._make())
+            except RuntimeError as error:  # no more threads on this machine
+                future.set_exception(error)
 
     def count_abandoned(self) -> int:
         """Return how many that were given up are still busy."""
-        self.abandoned = {lane for lane in self.abandoned if lane.busy}
         return len(self.abandoned)
 
     def close(self) -> None:

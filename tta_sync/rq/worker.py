@@ -15,9 +15,10 @@ import os
 import signal
 import threading
 import time
+import uuid
+from _queue import SimpleQueue
 from collections import deque
 from collections.abc import Callable
-from contextvars import Context
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ import redis.exceptions
 from redis import ConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry as RedisRetry
-from rq import Queue, SimpleWorker
+from rq import Queue, SimpleWorker, worker_registration
 from rq.command import parse_payload
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.executions import Execution
@@ -36,9 +37,9 @@ from rq.worker import DequeueStrategy, WorkerStatus
 
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.facade import default_facade
-from tta_sync.rq.claims import ABANDONED_AFTER, Claimed, Claims
+from tta_sync.rq.claims import Claimed, Claims
 from tta_sync.rq.control import JobCancelledError, applies, cancel_key
-from tta_sync.rq.delivery import DRAINED, LOST, STOPPED, TIMED_OUT, Delivery, Runner
+from tta_sync.rq.delivery import DRAINED, ENDED, LOST, STOPPED, Delivery, Runner, WorkerStoppedError, imported
 from tta_sync.rq.endings import Endings
 from tta_sync.rq.job import WorkflowJob, context_of, is_json
 from tta_sync.rq.progress import flush
@@ -46,13 +47,15 @@ from tta_sync.rq.recovery import Recovery, running_key_of
 
 logger = logging.getLogger("rq.worker")
 
-_REDIS_DOWN = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 _DOORMEN = 8  # queues that are waited at; more are looked at four times a second
 _JOB_HEARTBEAT = 30.0  # seconds
 _CANCEL_POLL = 0.25  # seconds
 _LINGER = 0.002  # seconds; a moment's patience makes larger batches
 _SOCKET_TIMEOUT = 5.0  # seconds
 _EXIT_STALLED = 70  # os.EX_SOFTWARE
+_LOOK = 1.0  # seconds between two looks at the loop
+
+__all__ = ["AsyncWorker", "PickleRefusedError", "Settings", "WorkerStoppedError"]
 
 
 class Settings:
@@ -106,10 +109,6 @@ class PickleRefusedError(Exception):
     """
 
 
-class WorkerStoppedError(Exception):
-    """The worker was told to stop, and the job, which cannot be interrupted, did not end in time."""
-
-
 class _Doorman(threading.Thread):
     """Waits until a job is in a queue, without taking it: to move the first one to where it is changes nothing.
 
@@ -122,7 +121,7 @@ class _Doorman(threading.Thread):
         self._key = queue.key
         self._ring = ring
         self._armed = threading.Event()
-        self._over = False
+        self._over = threading.Event()
         self.start()
 
     def arm(self) -> None:
@@ -130,13 +129,13 @@ class _Doorman(threading.Thread):
         self._armed.set()
 
     def end(self) -> None:
-        self._over = True
+        self._over.set()
         self._armed.set()
 
     def run(self) -> None:
-        while not self._over:
+        while not self._over.is_set():
             self._armed.wait()
-            if self._over:
+            if self._over.is_set():
                 return
             try:
                 if self._connection.blmove(self._key, self._key, 1, "LEFT", "LEFT") is None:
@@ -145,6 +144,35 @@ class _Doorman(threading.Thread):
                 time.sleep(0.2)  # the main thread sees it too, and says so
             self._armed.clear()
             self._ring()
+
+
+class _Messenger:
+    """Sends webhooks, one after the other, in a thread that begins with the first."""
+
+    def __init__(self) -> None:
+        self._sendings: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def send(self, job: Job, status: str, exc_string: str) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="tta_sync-webhooks", daemon=True)
+            self._thread.start()
+        self._sendings.put(lambda: job.send_webhooks(status, exc_string=exc_string))
+
+    def _serve(self) -> None:
+        while (send := self._sendings.get()) is not None:
+            try:
+                send()
+            except Exception:
+                logger.exception("a webhook could not be sent")
+
+    def end(self, seconds: float) -> bool:
+        """Send what is left, for so long at most; say whether all was sent."""
+        if self._thread is None:
+            return True
+        self._sendings.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
 
 class AsyncWorker(SimpleWorker):
@@ -186,19 +214,26 @@ class AsyncWorker(SimpleWorker):
         self._bell.acquire()
         self._number = 0
         self._cold = False
-        self._stop_now: set[str] = set()  # job ids, from RQ's command thread
+        self._life = uuid.uuid4().hex  # in the lease: which worker of this name it is
+        self._stop_now: deque[str] = deque()  # job ids, from RQ's command thread
         self._loop_error: BaseException | None = None
-        self._ticked = 0.0  # when the loop last said that it turns
-        self._abandoned = 0
+        self._ticks = 0  # how often the loop was asked whether it turns
+        self._ticked = 0  # and how often it has said so
+        self._stalled = 0.0  # seconds without an answer
+        self._looked = 0.0
+        self._exhausted = False
         self._exit_status = 0
+        self._messenger = _Messenger()
 
     # ---- how it is made
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Make a client of our own: RQ would have a lost network go unnoticed for seven minutes."""
         pool = connection.connection_pool
+        self._given_connection = connection  # kept: a Sentinel's pool is referred to weakly by its connections
         settings = {
             **pool.connection_kwargs,
+            "socket_keepalive": True,
             "socket_timeout": _SOCKET_TIMEOUT,
             "socket_connect_timeout": _SOCKET_TIMEOUT,
             # What may be said twice is said again by us; what may not is not said twice.
@@ -236,13 +271,20 @@ class AsyncWorker(SimpleWorker):
             self.log.warning("Worker %s: a command that is none was ignored", self.name)
             return
         if command == "stop-job" and isinstance(payload.get("job_id"), str):
-            self._stop_now.add(payload["job_id"])
+            self._stop_now.append(payload["job_id"])
             self._ring()
         elif command == "shutdown":
             self.log.info("Worker %s: shutdown command", self.name)
             os.kill(os.getpid(), signal.SIGINT)
         else:
             self.log.info("Worker %s: command %s ignored", self.name, command)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """Listen again. RQ's own ends the thread for good when Redis is slow rather than gone."""
+        if not isinstance(exc, redis.exceptions.RedisError):
+            raise exc
+        self.log.error("Worker %s: commands are not heard (%s); trying again in 2 s", self.name, exc)
+        time.sleep(2.0)
 
     def _ring(self) -> None:
         """Wake the main thread. Any thread, and signal handlers."""
@@ -286,9 +328,9 @@ class AsyncWorker(SimpleWorker):
             return self._work(burst, max_jobs, max_idle_time)
         finally:
             self.teardown()
-            if self._shutdown_requested_date is None:  # else the process is about to end, and must not be cut short
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            for number, handler in handlers.items():
+                # Told to stop, the process is about to end, and must not be cut short by an echo of that.
+                signal.signal(number, handler if self._shutdown_requested_date is None else signal.SIG_IGN)
 
     def _install_signal_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -300,9 +342,18 @@ class AsyncWorker(SimpleWorker):
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_time: int | None) -> bool:
         settings = self.settings
-        self._claims = Claims(self.connection, self.name, self.key, settings.queue_limits)
+        self._claims = Claims(self.connection, self.name, self.key, self._life, settings.queue_limits)
         self._endings = Endings(self)
-        self._recovery = Recovery(self.connection, self.name, self._queue, self._call_back_abandoned)
+        self._recovery = Recovery(
+            self.connection,
+            self.name,
+            self.redis_worker_namespace_prefix,
+            self._life,
+            settings.recovery,
+            self._queue,
+            self._call_back_abandoned,
+            allow_pickle=settings.allow_pickle,
+        )
         self._runner = Runner(
             self._report,
             sync_threads=settings.sync_threads,
@@ -314,8 +365,8 @@ class AsyncWorker(SimpleWorker):
         if not self._runner.ready.wait(30) or self._loop_error is not None:
             raise SystemExit(f"Worker {self.name}: the loop did not start: {self._loop_error}")
         self._doormen = [_Doorman(self.connection, queue, self._ring) for queue in self.queues[:_DOORMEN]]
-        self._ticked = time.monotonic()
-        self._due = dict.fromkeys(("beat", "recover", "jobs", "cancel", "maintain", "tick"), 0.0)
+        self._due = dict.fromkeys(("beat", "recover", "jobs", "cancel", "maintain"), 0.0)
+        self._alive_before = False
         try:
             self._keep_books(burst, max_jobs, max_idle_time)
             self._drain()
@@ -345,6 +396,7 @@ class AsyncWorker(SimpleWorker):
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
+                self._look_after_loop()
                 self._write()
                 self._do_what_is_due()
                 room = self.settings.concurrency - len(self._in_flight)
@@ -355,16 +407,22 @@ class AsyncWorker(SimpleWorker):
                 if room > 0 or self._claims.unanswered:
                     claimed, suspended, held_back = self._claim(room)
                 trouble = 0.0
-            except _REDIS_DOWN as error:
-                trouble = min(5.0, max(0.25, trouble * 2))
+            except redis.exceptions.RedisError as error:  # a full or read-only one's refusal too
+                trouble = min(5.0, self.settings.recovery / 3, max(0.25, trouble * 2))
                 self.log.error("Worker %s: Redis: %s; trying again in %.2g s", self.name, error, trouble)
-                self._bell.acquire(True, trouble)
+                self._wait_out(trouble)
                 continue
             if self._in_flight or claimed:
                 idle_since = time.monotonic()
             elif self._is_over(burst, max_jobs, max_idle_time, idle_since, suspended):
                 return
             self._rest(room > claimed, suspended or (room > claimed and held_back), max_idle_time)
+
+    def _wait_out(self, seconds: float) -> None:
+        """Wait, whatever ends meanwhile; but not when told to stop."""
+        end = time.monotonic() + seconds
+        while not self._stop_requested and (remaining := end - time.monotonic()) > 0:
+            self._bell.acquire(True, remaining)
 
     def _is_over(
         self, burst: bool, max_jobs: int | None, max_idle_time: int | None, idle_since: float, suspended: bool
@@ -384,8 +442,10 @@ class AsyncWorker(SimpleWorker):
         if self._ended:
             time.sleep(_LINGER)
             return
-        wait = min(1.0, min(self._due.values()) - time.monotonic())
-        if room and look_again:
+        wait = min(_LOOK, min(self._due.values()) - time.monotonic())
+        if self._claims.unanswered or self._unwritten:
+            wait = min(wait, 0.05)
+        elif room and look_again:
             wait = min(wait, 0.1)  # what keeps jobs in their queues rings no bell
         elif room:
             for doorman in self._doormen:
@@ -400,9 +460,6 @@ class AsyncWorker(SimpleWorker):
     def _do_what_is_due(self) -> None:
         moment = time.monotonic()
         due = self._due
-        if moment >= due["tick"]:
-            due["tick"] = moment + 1.0
-            self._look_after_loop()
         if moment >= due["beat"]:
             self._beat()
             due["beat"] = moment + self.settings.recovery / 3
@@ -417,15 +474,28 @@ class AsyncWorker(SimpleWorker):
         if moment >= due["cancel"]:
             due["cancel"] = moment + _CANCEL_POLL
         if moment >= due["maintain"]:
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            self._maintain()
             due["maintain"] = moment + 1.0
+
+    def _maintain(self) -> None:
+        if not self.should_run_maintenance_tasks:
+            return
+        try:
+            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except redis.exceptions.RedisError:
+            raise
+        except Exception:  # of a callback of somebody else's job, say: no reason to leave our own
+            self.log.exception("Worker %s: RQ's maintenance failed", self.name)
+            self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ says that it is None
 
     # ---- claiming
 
     def _claim(self, room: int) -> tuple[int, bool, bool]:
         in_turn = self._dequeue_strategy != DequeueStrategy.DEFAULT
         answer = self._claims.claim(self._ordered_queues, room, in_turn=in_turn)
+        if answer.refused:
+            self._due["beat"] = 0.0
+            return 0, False, False
         if answer.suspended:
             if self.get_state() != WorkerStatus.SUSPENDED:
                 self.log.info("Worker %s: suspended, run `rq resume` to resume", self.name)
@@ -463,7 +533,8 @@ class AsyncWorker(SimpleWorker):
         job._status = JobStatus.STARTED
         job.started_at = job.last_heartbeat = execution.created_at
         delivery = Delivery(job, execution, claimed.queue, self._number)
-        if error is None and not is_json(job.data):
+        pickled = error is None and not is_json(job.data)
+        if pickled:
             if self.settings.allow_pickle:
                 job.serializer = DefaultSerializer
                 job.restore(claimed.fields)
@@ -477,9 +548,10 @@ class AsyncWorker(SimpleWorker):
             delivery.error = error
             return delivery
         try:
-            delivery.fn = job.func
-            job.args, job.kwargs  # noqa: B018  # decoded here, where an error is the job's own
-            delivery.definition = getattr(delivery.fn, "_tta_job", None)
+            if not pickled:
+                job.args, job.kwargs  # noqa: B018  # decoded here, where an error is the job's own
+                delivery.fn = imported(job)
+                delivery.definition = getattr(delivery.fn, "_tta_job", None)
             delivery.context = context_of(job)
             delivery.running_key = running_key_of(job)
         except Exception as raised:
@@ -500,11 +572,16 @@ class AsyncWorker(SimpleWorker):
             self._unwritten.append(self._ended.popleft())
         if not self._unwritten:
             return
-        self._endings.write(self._unwritten)
-        for delivery in self._unwritten:
-            self._in_flight.pop(delivery.execution.id, None)
-            self._log_end(delivery)
-        self._unwritten = []
+        try:
+            self._endings.write(self._unwritten, self._written)
+        finally:
+            self._unwritten = [one for one in self._unwritten if one.execution.id in self._in_flight]
+
+    def _written(self, delivery: Delivery) -> None:
+        self._in_flight.pop(delivery.execution.id, None)
+        self._log_end(delivery)
+        if delivery.job.webhooks and delivery.webhook is not None:
+            self._messenger.send(delivery.job, *delivery.webhook)
 
     def _log_end(self, delivery: Delivery) -> None:
         job = delivery.job
@@ -525,73 +602,67 @@ class AsyncWorker(SimpleWorker):
             self.log.warning("Worker %s: job %s runs on although it was cancelled", self.name, job.id)
 
     def _call_back_abandoned(self, job: Job, error: BaseException) -> None:
-        """Call what the author of a job that has died wants called. In a thread of its own: it may hang."""
-
-        def call() -> None:
-            try:
-                if job.failure_callback:
-                    job.failure_callback(job, self.connection, type(error), error, None)
-                for handler in self._exc_handlers:
-                    fall_through = handler(job, type(error), error, None)
-                    if fall_through is not None and not fall_through:
-                        break
-            except Exception:
-                self.log.exception("Worker %s: a callback of job %s failed", self.name, job.id)
-
-        if job._failure_callback_name or self._exc_handlers:
-            threading.Thread(target=Context().run, args=(call,), name="tta_sync-callback", daemon=True).start()
+        self._runner.post(self._runner.tell_of_death, job, error)
 
     # ---- signs of life
 
     def _beat(self) -> None:
+        if not self._alive_before:
+            self._recovery.run_for_namesake()
+        began = time.monotonic()
         with self.connection.pipeline(transaction=False) as pipe:
-            self._recovery.renew(self.queue_names(), self.settings.recovery, pipe)
+            self._recovery.renew(self.queue_names(), pipe)
             self.heartbeat(pipeline=pipe)
-            had_lease, *_, created, _ = pipe.execute()
-        if created == 1:  # the worker's own key had run out
-            self.connection.hset(self.key, mapping=self.serialize())
-        if not had_lease:  # we may have been taken for dead, and our jobs from us
+            lease, *_, created, _ = pipe.execute()
+        if created == 1:  # the worker's own key had run out, or was buried
+            with self.connection.pipeline(transaction=True) as pipe:
+                pipe.hset(self.key, mapping={**self.serialize(), "state": self.get_state()})
+                worker_registration.register(self, pipe)
+                pipe.execute()
+        if not self._recovery.was_alive(lease):  # we may have been taken for dead, and our jobs from us
             self._beat_for_jobs()
+            if self._alive_before:  # so may others, with Redis or the network gone: they are to have the time to say no
+                self._due["recover"] = time.monotonic() + self.settings.recovery
+        self._alive_before = True
+        # Behind what was said of jobs that are not ours any more.
+        self._runner.post(self._runner.renew, began + self.settings.recovery)
 
     def _beat_for_jobs(self) -> None:
         """Say that the jobs live, and find out whether they were taken from us."""
-        deliveries = [delivery for delivery in self._in_flight.values() if delivery.why is None]
-        if not deliveries:
-            return
-        with self.connection.pipeline(transaction=False) as pipe:
-            for delivery in deliveries:
-                pipe.exists(delivery.execution.key)
-            alive = pipe.execute()
-        with self.connection.pipeline(transaction=True) as pipe:
-            for delivery, lives in zip(deliveries, alive, strict=True):
-                if lives:
-                    registry = delivery.job.started_job_registry
-                    delivery.execution.heartbeat(registry, ABANDONED_AFTER, pipeline=pipe)
-                    delivery.job.heartbeat(now(), ABANDONED_AFTER, pipeline=pipe)
-                else:
+        deliveries = [delivery for delivery in self._in_flight.values() if delivery.why != LOST]
+        for begin in range(0, len(deliveries), 1000):
+            part = deliveries[begin : begin + 1000]
+            alive = self._claims.hold([(one.job.id, one.execution.id, one.queue.name, one.running_key) for one in part])
+            for delivery, lives in zip(part, alive, strict=True):
+                if not lives and not delivery.unanswered:
                     self._cancel(delivery, LOST)
-            pipe.execute()
 
     def _look_after_loop(self) -> None:
         """Leave the process when the loop does not turn: another worker takes its jobs up."""
         moment = time.monotonic()
-        stalled = moment - self._ticked
-        if self._loop_error is None and stalled < self.settings.stall_limit:
-            try:
-                self._runner.post(self._tick)
-            except RuntimeError as error:
-                self._loop_error = error
-            if self._abandoned >= self.settings.sync_threads + self.settings.session_threads and not self._exit_status:
-                self.log.critical(
-                    "Worker %s: %d threads had to be given up and still run: stopping", self.name, self._abandoned
-                )
+        if moment - self._looked < _LOOK and self._loop_error is None:
+            return
+        # Of the time since the last look no more than a little counts: this thread may have been kept from looking, and
+        # the process may have been stopped as a whole.
+        passed = min(moment - self._looked, 2 * _LOOK)
+        self._looked = moment
+        self._stalled = 0.0 if self._ticked == self._ticks else self._stalled + passed
+        if self._loop_error is None and self._stalled < self.settings.stall_limit:
+            if self._ticked == self._ticks:
+                self._ticks += 1
+                try:
+                    self._runner.post(self._tick)
+                except RuntimeError as error:
+                    self._loop_error = error
+            if self._exhausted and not self._exit_status:
+                self.log.critical("Worker %s: too many jobs that were given up still run: stopping", self.name)
                 self._exit_status = 1
                 self._stop_requested = True
             return
         why = (
             f"the loop is lost ({self._loop_error})"
             if self._loop_error
-            else f"the loop was blocked for {stalled:.0f} s"
+            else f"the loop was blocked for {self._stalled:.0f} s"
         )
         self.log.critical("Worker %s: %s; leaving %d jobs to other workers", self.name, why, len(self._in_flight))
         try:
@@ -599,13 +670,16 @@ class AsyncWorker(SimpleWorker):
             self.register_death()  # type: ignore[no-untyped-call]
         except redis.exceptions.RedisError:
             pass  # the lease runs out by itself
+        process: Any = None if self.scheduler is None else self.scheduler._process
+        if process is not None:
+            process.terminate()
         logging.shutdown()
         os._exit(_EXIT_STALLED)
 
     def _tick(self) -> None:
         """Say that the loop turns. The loop's thread."""
-        self._ticked = time.monotonic()
-        self._abandoned = self._runner.abandoned
+        self._ticked += 1
+        self._exhausted = self._runner.exhausted or len(self._runner.orphans) >= self.settings.concurrency
 
     # ---- ending jobs early
 
@@ -613,17 +687,19 @@ class AsyncWorker(SimpleWorker):
         self._runner.post(self._runner.cancel, delivery, why, by)
 
     def _hear_cancels(self) -> None:
-        deliveries = [delivery for delivery in self._in_flight.values() if delivery.why is None]
+        deliveries = [one for one in self._in_flight.values() if one.why is None and not one.asked]
         if not deliveries:
+            self._stop_now.clear()
             return
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.mget([cancel_key(delivery.job.id) for delivery in deliveries])
             flush([delivery.progress for delivery in deliveries if delivery.progress is not None], pipe)
             wanted = pipe.execute()[0]
-        stop_now, self._stop_now = self._stop_now, set()
+        stop_now = {self._stop_now.popleft() for _ in range(len(self._stop_now))}
         for delivery, value in zip(deliveries, wanted, strict=True):
             if applies(value, delivery.job) or delivery.job.id in stop_now:
                 self.log.info("Worker %s: job %s is cancelled by request", self.name, delivery.job.id)
+                delivery.asked = True
                 self._cancel(delivery, STOPPED, JobCancelledError(delivery.job.id))
 
     def _drain(self) -> None:
@@ -632,34 +708,54 @@ class AsyncWorker(SimpleWorker):
         if in_flight:
             self.log.info("Worker %s: stopping; %d jobs are in flight", self.name, len(in_flight))
         end = time.monotonic() + self.settings.drain
-        self._write_until(lambda: not in_flight or self._cold, end)
+        self._write_until(lambda: (not in_flight and not self._claims.unanswered) or self._cold, end)
         if in_flight:
             for delivery in list(in_flight.values()):
-                if delivery.fn is not None and delivery.definition is None and delivery.sync:
-                    limit = f"the worker was stopped, and this job did not end within {self.settings.drain:g} s"
-                    self._cancel(delivery, TIMED_OUT, WorkerStoppedError(limit))
-                else:
-                    self._cancel(delivery, DRAINED)
+                self._runner.post(self._runner.drain, delivery, self.settings.drain)
             # All at once, so that they are put back in their order.
-            end = time.monotonic() + self._runner.grace + 0.5
+            end = time.monotonic() + self._runner.grace + 1.0
             while len(self._ended) + len(self._unwritten) < len(in_flight) and self._loop_error is None:
                 if not self._bell.acquire(True, max(0.0, min(0.2, end - time.monotonic()))) and time.monotonic() >= end:
                     break
-            self._write_until(lambda: not in_flight, time.monotonic() + 1.0)
-        if in_flight or self._unwritten:
+        self._write_until(lambda: not in_flight and not self._claims.unanswered, time.monotonic() + 2.0)
+        if not self._messenger.end(max(1.0, end - time.monotonic())):
+            self.log.error("Worker %s: not all webhooks were sent", self.name)
+        if in_flight or self._unwritten or self._claims.unanswered:
             self.log.error("Worker %s: the ends of %d jobs could not be written", self.name, len(in_flight))
             self._try(self._recovery.abandon)
         else:
             self._try(self._recovery.deregister)
 
+    def _put_back_unheard(self) -> None:
+        """Put back what a claim brought of which nothing was heard before the worker was told to stop."""
+        answer = self._claims.claim([], 0, in_turn=False)
+        if answer.refused:
+            self._beat()
+        for claimed in answer.jobs:
+            delivery = self._prepare(claimed)
+            delivery.why, delivery.phase = DRAINED, ENDED
+            delivery.error = WorkerStoppedError("the worker was stopped before it began")
+            self._in_flight[delivery.execution.id] = delivery
+            self._unwritten.append(delivery)
+
     def _write_until(self, done: Callable[[], bool], end: float) -> None:
         while True:
             try:
+                self._look_after_loop()
+                if self._claims.unanswered:
+                    self._put_back_unheard()
                 self._write()
-                if time.monotonic() >= self._due["beat"]:
+                moment = time.monotonic()
+                if moment >= self._due["beat"]:
                     self._beat()
-                    self._due["beat"] = time.monotonic() + self.settings.recovery / 3
-            except _REDIS_DOWN as error:
+                    self._due["beat"] = moment + self.settings.recovery / 3
+                if moment >= self._due["jobs"]:
+                    self._beat_for_jobs()
+                    self._due["jobs"] = moment + _JOB_HEARTBEAT
+                if self._in_flight and moment >= self._due["cancel"]:
+                    self._hear_cancels()
+                    self._due["cancel"] = moment + _CANCEL_POLL
+            except redis.exceptions.RedisError as error:
                 self.log.error("Worker %s: Redis: %s", self.name, error)
                 time.sleep(0.1)
             remaining = end - time.monotonic()
