@@ -68,11 +68,12 @@ def bypasses(heard: list[Any]) -> list[str]:
 def test_every_kind_of_storage_shares_the_results_when_it_means_the_same_server(
     Step: Any, redis_url: str, client: redis.Redis, call: Any
 ) -> None:
-    """A sync client, an asynchronous one and a RedisBackend are three spellings of one store."""
+    """A sync client, an asynchronous one, a URL and a RedisBackend are four spellings of one store."""
     step = Step()
     for storage in (
         {"storage": client},
         {"storage": redis.asyncio.Redis.from_url(redis_url)},
+        {"storage": redis_url},
         {"storage": RedisBackend(redis_url)},
         {"backend": RedisBackend(redis_url, prefix="tta:")},
     ):
@@ -82,6 +83,10 @@ def test_every_kind_of_storage_shares_the_results_when_it_means_the_same_server(
     other = CachePrimitive(step, backend=RedisBackend(redis_url, prefix="other:"), namespace="n")
     call(other, {"q": 1})
     assert step.calls == 2
+    secretive = CachePrimitive(step, storage=redis_url.replace("redis://", "redis://:hidden@"), namespace="n")
+    assert "hidden" not in repr(secretive)
+    with pytest.raises(ConfigurationError, match="no Redis URL"):
+        CachePrimitive(step, storage="http://127.0.0.1", namespace="n")
 
 
 def test_tta_devs_spelling_works_when_the_backend_is_redis(step: Any, client: Any, redis_url: str, call: Any) -> None:

@@ -62,8 +62,8 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         primitive: the step to cache.
         cache_key_fn: ``fn(data, context)`` or ``fn(data)``, the key instead of the data; the tenant is added to it.
         ttl: seconds until a result is forgotten (TTA.dev's name is *ttl_seconds*); 3600 by default.
-        storage: a ``redis.Redis`` or ``redis.asyncio.Redis`` client, or a back end (TTA.dev's name is *backend*);
-            memory by default. A client gives address and credentials: the cache opens connections of its own.
+        storage: a ``redis.Redis`` or ``redis.asyncio.Redis`` client, its URL, or a back end (TTA.dev's name is
+            *backend*); memory by default. A client gives address and credentials: the cache opens its own connections.
         max_size: entries kept in memory; the least recently used goes first.
         max_bytes: bytes kept in memory, about; 64 MiB by default.
         soft_ttl: seconds after which a hit still answers at once, but starts a refresh in the background.
@@ -189,7 +189,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
     def _shared_layer(self, storage: Any) -> RedisLayer | BackendLayer:
         theirs = any(base.__module__.partition(".")[0] == "redis" for base in type(storage).__mro__)
-        if theirs or isinstance(storage, RedisBackend):
+        if theirs or isinstance(storage, (str, RedisBackend)):
             from tta_sync.primitives.performance.in_redis import RedisLayer
 
             return RedisLayer(self, storage, self._claim)
@@ -198,7 +198,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
             return BackendLayer(self, storage, self._claim)
         raise ConfigurationError(
-            f"{storage!r:.100} is no store: give redis.Redis(...), redis.asyncio.Redis(...), RedisBackend(url), "
+            f"{storage!r:.100} is no store: give redis.Redis(...), redis.asyncio.Redis(...), a URL, RedisBackend(url), "
             "InMemoryBackend(), or an object with async get(key), set(key, value, ttl_seconds) and delete(key)"
         )
 
@@ -603,7 +603,7 @@ def _reference(leaf: Any) -> Callable[[], Any]:
 
 
 def _named(storage: Any) -> str:
-    return type(storage).__name__
+    return "a URL" if isinstance(storage, str) else type(storage).__name__  # which may hold a password
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
