@@ -554,13 +554,17 @@ def test_forked_child_has_a_watch_of_its_own(client: Redis) -> None:
 
 
 def test_clients_of_the_watch_are_few(client: Redis) -> None:
-    """One per pool, and not without end where each job brings another."""
+    """One per pool, of little patience, and not without end where each job brings another."""
     own = Watch()
     clients = [Redis(port=1000 + number) for number in range(20)]
     for one in clients:
         first = own.client_for(one)
         assert own.client_for(one) is first
         assert first.connection_pool is not one.connection_pool
+        options = first.connection_pool.connection_kwargs
+        assert options["port"] == one.connection_pool.connection_kwargs["port"]
+        assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1.0, 1.0)
+        assert options["retry"].get_retries() == 0
         assert len(own._clients) <= 8
         one.close()
 
