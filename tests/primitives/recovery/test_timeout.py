@@ -406,16 +406,60 @@ def test_step_is_cut_at_the_moved_deadline_when_it_was_moved() -> None:
         clock = FakeClock()
         deadline = Deadline.after(2.0, clock)
 
+        reasons: list[str | None] = []
+
         async def hang(
-            data: Any, context: WorkflowContext, deadline: Deadline = deadline, moved: float = moved
+            data: list[str | None], context: WorkflowContext, deadline: Deadline = deadline, moved: float = moved
         ) -> None:
             await context.clock.sleep(1.0)
             deadline.at = moved
-            await context.clock.sleep(3600)
+            try:
+                await context.clock.sleep(3600)
+            finally:
+                data.append(cancel_reason(context))
 
         with pytest.raises(kind):
-            asyncio.run(TimeoutPrimitive(hang, own).execute(1, WorkflowContext(clock=clock, deadline=deadline)))
+            asyncio.run(TimeoutPrimitive(hang, own).execute(reasons, WorkflowContext(clock=clock, deadline=deadline)))
         assert clock.monotonic() == expected
+        assert reasons == ["deadline" if kind is DeadlineExceededError else "timeout"]
+
+
+def test_first_steps_of_many_threads_and_of_limits_in_one_another_keep_apart() -> None:
+    """Each call gets its own result, and what has answered keeps none of them."""
+
+    class Mark:
+        pass
+
+    @step
+    async def echo(data: Any, context: WorkflowContext) -> Any:
+        if isinstance(data, int) and data % 3 == 0:
+            await asyncio.sleep(0)
+        if isinstance(data, int) and data % 5 == 0:
+            raise LookupError(data)
+        return data
+
+    flow = TimeoutPrimitive(TimeoutPrimitive(TimeoutPrimitive(echo, 20.0), 25.0), 30.0)
+    late = WorkflowContext(deadline=Deadline.after(3600.0))
+    wrong: list[Any] = []
+
+    async def many(context: WorkflowContext) -> None:
+        for number in range(300):
+            try:
+                answer = await flow.execute(number, context)
+            except LookupError as error:
+                answer = error.args[0] if number % 5 == 0 else None
+            if answer != number:
+                wrong.append((number, answer))
+
+    threads = [threading.Thread(target=asyncio.run, args=(many(context),)) for context in (WorkflowContext(), late) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+    gone = weakref.ref(asyncio.run(flow.execute(Mark())))
+    assert gone() is None
 
 
 def test_no_timer_is_set_when_the_waiting_caller_enforces_the_deadline() -> None:

@@ -28,6 +28,11 @@ Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
 TimeoutError = StepTimeoutError  # noqa: A001  # TTA.dev's name for it in this module
 
+# A method of an imported name is looked up anew for each call; of these, once for all.
+_limit_around = time_limit.get
+_set_time_limit = time_limit.set
+_waiting_caller = current_caller.get
+
 GRACE = 1.0
 """Seconds that a step has to end in after it was cancelled at its limit; then it is left behind."""
 
@@ -112,59 +117,66 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         clock = context.clock
         monotonic = clock.monotonic
         now = monotonic()
-        at: float = now + self.timeout_seconds
-        outer = time_limit.get()
+        at = now + self.timeout_seconds
+        outer = _limit_around()
         if outer is not None and getattr(outer, "over", False):
             outer = limit_in_force()
         deadline = context.deadline
-        if deadline is None or at <= deadline.at:
-            deadline = None
-        else:
-            at = deadline.at
-            if at <= now:
-                deadline.raise_exceeded()
+        if deadline is not None:
+            if deadline.at < at:
+                at = deadline.at
+                if at <= now:
+                    deadline.raise_exceeded()
+            else:
+                deadline = None
+        limit: _OwnLimit | None = None
         if outer is not None and outer <= at:
             if outer <= now:
                 raise StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
-            within: Out = await self._inner(data, context)  # whoever set that limit cuts first
-            return within
+            return await self._inner(data, context)  # type: ignore[no-any-return]  # whoever set that limit cuts first
         if deadline is None:
-            at = limit = _OwnLimit(at)
-            limit.outer = outer
-            limit.over = limit.struck = False
-            time_limit.set(limit)
+            limit = _set_limit(at, outer)
         else:
-            caller = current_caller.get()
+            caller = _waiting_caller()
             if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
-                covered: Out = await self._inner(data, context)  # whoever waits for the call cuts it then
-                return covered
+                return await self._inner(data, context)  # type: ignore[no-any-return]  # who waits for the call cuts it
 
-        coroutine: Any = self._inner(data, context)
         driver: _Driver | None = None
         cause: BaseException | None = None
         try:
+            # A step that never waits needs no timer: nothing could fire while it runs.
             try:
-                # A step that never waits needs no timer: nothing could fire while it runs.
-                driver = _Driver(coroutine.send(None), coroutine, clock, at, deadline, now + self.timeout_seconds)
-            except StopIteration as stop:
+                starter = _starters.pop()
+            except IndexError:
+                starter = _make_starter()
+            start, answer = starter
+            waited = start(self._inner(data, context))
+            if waited is answer:
+                result = answer[0]
+                answer[0] = None
+                _starters.append(starter)
                 if monotonic() < at:
-                    return stop.value  # type: ignore[no-any-return]
+                    return result  # type: ignore[no-any-return]
             else:
+                answer[0] = _TAKEN
+                if limit is None:  # the deadline may be moved: then this limit may be the one that strikes
+                    limit = _set_limit(now + self.timeout_seconds, outer)
+                driver = _Driver(waited, start.__self__, clock, at, deadline, limit)
                 try:
-                    result: Out = await driver
+                    result = await driver
                 finally:
                     driver.end()
-                if not driver.fired and monotonic() < driver.at:
-                    return result
+                if not driver.fired and clock.monotonic() < driver.at:
+                    return result  # type: ignore[no-any-return]
         except BaseException as error:
             if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
                 raise
             cause = error
         finally:
-            if deadline is None:
+            if limit is not None:
                 limit.over = True
                 # Not reset(token): a step that is left behind ends in another context than it began in.
-                time_limit.set(outer)
+                _set_time_limit(outer)
         try:
             return await self._cut(data, context, driver, deadline if driver is None else driver.deadline, cause)
         finally:
@@ -269,10 +281,49 @@ def _awaiting(run: Run) -> Run:
     return awaiting
 
 
+@types.coroutine
+def _first_steps(answer: list[Any]) -> Generator[Any, Any, Any]:
+    """Run one coroutine after another until it waits for something, without the cost of a StopIteration for each.
+
+    Sent a coroutine, it yields *answer* with its result in it; or what the coroutine waits for, and from then on it is
+    as good as that coroutine itself: whoever goes on with it has put something into *answer*.
+    """
+    coroutine = yield answer
+    while True:
+        result = yield from coroutine
+        if answer[0] is _TAKEN:
+            return result
+        answer[0] = result
+        result = coroutine = None
+        coroutine = yield answer
+
+
+def _make_starter() -> tuple[Any, list[Any]]:
+    answer: list[Any] = [None]
+    start = _first_steps(answer).send
+    start(None)
+    return start, answer
+
+
+_starters: list[tuple[Any, list[Any]]] = []
+"""Those at rest: as many as have ever been at work at one moment, one inside the other or on several threads. Taken and
+given back by atomic operations; one whose coroutine raised, or waits, does not come back."""
+
+_TAKEN = object()
+
+
 class _OwnLimit(TimeLimit):
     """A TimeLimit that is made for each call, and so without a dictionary."""
 
     __slots__ = ("outer", "over", "struck")
+
+
+def _set_limit(at: float, outer: float | None) -> _OwnLimit:
+    limit = _OwnLimit(at)
+    limit.outer = outer
+    limit.over = limit.struck = False
+    _set_time_limit(limit)
+    return limit
 
 
 class _Alarms:
@@ -358,7 +409,7 @@ class _Driver:
     _stranded: Any = None  # what the step waits for when it is left behind
 
     def __init__(
-        self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None, latest: float
+        self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None, limit: _OwnLimit
     ) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
@@ -372,7 +423,7 @@ class _Driver:
         self._clock = clock
         self.at = at
         self.deadline = deadline  # the one to blame; None: the own limit
-        self._latest = latest  # the own limit
+        self._limit = limit  # the own one
         alarms: _Alarms | None = getattr(_thread, "alarms", None)
         if alarms is None or alarms.loop() is not loop or alarms.clock is not clock:
             alarms = _thread.alarms = _Alarms(loop, clock)  # those of another loop or clock ring on their own
@@ -438,13 +489,13 @@ class _Driver:
         deadline = self.deadline
         if deadline is not None and deadline.at > self.at:
             # It was moved, as others wait for the same work, and longer.
-            self.at = TimeLimit(min(deadline.at, self._latest))
-            if self._latest < deadline.at:
+            self.at = min(deadline.at, self._limit)
+            if self._limit < deadline.at:
                 self.deadline = None
             if self.at > self._clock.monotonic():
                 self._alarms.add(self, self.at)
                 return
-        struck: Any = self.at if self.deadline is None else self.deadline
+        struck = self._limit if self.deadline is None else self.deadline
         struck.struck = True
         self.fired = True
         self._asked = 1
