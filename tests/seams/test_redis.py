@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import os
 import random
 import signal
@@ -845,3 +846,16 @@ def test_forked_child_listens_for_itself_when_its_parent_was_about_to(url: str) 
     begun.cancel()
     other.run_until_complete(asyncio.gather(begun, return_exceptions=True))
     other.close()
+
+
+def test_stores_fit_their_ports_when_a_type_checker_or_a_reader_asks(url: str) -> None:
+    """What users may supply themselves has a public name, and ours have its methods."""
+    from tta_sync.primitives.recovery import CircuitHints, RateStore
+
+    for port, ours in ((RateStore, RedisRateStore(url)), (CircuitHints, RedisCircuitHints(url))):
+        methods = [name for name in vars(port) if not name.startswith("_")]
+        assert methods
+        for name in methods:
+            assert inspect.signature(getattr(port, name)).parameters.keys() - {"self"} == set(
+                inspect.signature(getattr(ours, name)).parameters
+            )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CircuitBreakerConfig as CircuitBreakerConfig,
         CircuitBreakerError as CircuitBreakerError,
         CircuitBreakerPrimitive as CircuitBreakerPrimitive,
+        CircuitHints as CircuitHints,
         CircuitState as CircuitState,
     )
     from tta_sync.primitives.recovery.compensation import (
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     )
     from tta_sync.primitives.recovery.fallback import FallbackPrimitive as FallbackPrimitive
     from tta_sync.primitives.recovery.hedge import HedgePrimitive as HedgePrimitive
-    from tta_sync.primitives.recovery.rate_limit import RateLimitPrimitive as RateLimitPrimitive
+    from tta_sync.primitives.recovery.rate_limit import (
+        RateLimitPrimitive as RateLimitPrimitive,
+        RateStore as RateStore,
+    )
     from tta_sync.primitives.recovery.retry import (
         RetryBudget as RetryBudget,
         RetryPrimitive as RetryPrimitive,
@@ -52,12 +56,13 @@ _HOMES = {
     "tta_sync.primitives.recovery.circuit_breaker": (
         "CircuitBreakerConfig",
         "CircuitBreakerPrimitive",
+        "CircuitHints",
         "CircuitState",
     ),
     "tta_sync.primitives.recovery.compensation": ("CompensationPrimitive", "SagaPrimitive"),
     "tta_sync.primitives.recovery.fallback": ("FallbackPrimitive",),
     "tta_sync.primitives.recovery.hedge": ("HedgePrimitive",),
-    "tta_sync.primitives.recovery.rate_limit": ("RateLimitPrimitive",),
+    "tta_sync.primitives.recovery.rate_limit": ("RateLimitPrimitive", "RateStore"),
     "tta_sync.primitives.recovery.retry": ("RetryBudget", "RetryPrimitive", "RetryStrategy"),
     "tta_sync.primitives.recovery.timeout": ("TimeoutError", "TimeoutPrimitive"),
 }
