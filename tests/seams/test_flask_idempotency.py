@@ -22,6 +22,8 @@ import pytest
 import redis
 from flask import Blueprint, Flask, Response, abort, make_response, request, send_file, session
 from flask.views import MethodView
+from marshmallow import Schema, fields
+from werkzeug.exceptions import NotFound
 
 from tta_sync.context import current_context
 from tta_sync.exceptions import (
@@ -32,7 +34,7 @@ from tta_sync.exceptions import (
     SaturatedError,
 )
 from tta_sync.facade import run_sync
-from tta_sync.flask import TTASync
+from tta_sync.flask import Problem, TTASync
 from tta_sync.flask.idempotency import LocalKeys, parse_key
 from tta_sync.primitives.core.base import step
 from tta_sync.primitives.performance.stores import RedisBackend
@@ -152,6 +154,8 @@ def test_first_response_is_replayed_when_a_request_comes_again(site: Flask, kind
         lambda: ("\x01" * 1000, 404),
         lambda: (bytes(range(256)) * 4000, 200),
         lambda: make_response("made", 299),
+        lambda: Problem(404, "no_such_account", "It was closed.", headers={"X-Own": "1"}),
+        lambda: NotFound(),
     ],
 )
 def test_replay_is_the_same_byte_for_byte_whatever_was_answered(site: Flask, answer: Callable[[], Any]) -> None:
@@ -569,6 +573,32 @@ def test_every_kind_of_view_acts_once_when_it_is_decorated(site: Flask) -> None:
     assert again.status_code == 200
     assert client.post("/flow", headers=headers).headers["RateLimit"] == '"legacy.flow";r=0;t=100'
     assert [post(site, path="/within").json for _ in range(2)] == [{"paid": 6}] * 2
+
+
+def test_problem_of_a_workflow_is_replayed_when_its_data_do_not_fit(site: Flask) -> None:
+    """What @tta.workflow refuses with 422 is kept as any other answer; what it answers with 503 is not."""
+    tta = TTASync(site)
+    done: list[str] = []
+
+    class Amount(Schema):
+        amount = fields.Integer(required=True)
+
+    @step
+    async def pay(data: Any, context: Any) -> Any:
+        done.append("pay")
+        raise SaturatedError(1, 1.0)
+
+    def touch(result: Any) -> Any:
+        return result
+
+    site.add_url_rule("/flow", "flow", tta.idempotent()(tta.workflow(pay, load=Amount)(touch)), methods=["POST"])
+    first, again = (post(site, path="/flow", content_type="application/json") for _ in range(2))
+    refused(again, 422, "validation_error")
+    assert (first.data, again.headers["Idempotent-Replayed"]) == (again.data, "true")
+    for _ in range(2):
+        sent = post(site, "k2", "/flow", b'{"amount": 5}', content_type="application/json")
+        refused(sent, 503, "saturated")
+    assert done == ["pay", "pay"]
 
 
 def test_view_reads_its_body_when_it_was_read_for_the_key(site: Flask) -> None:

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
 from flask import current_app, request, session
+from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 from tta_sync.clock import SYSTEM_CLOCK
@@ -224,7 +225,7 @@ class Idempotency:
                 if claim is None:
                     return await view(*args, **url)
                 try:
-                    response = current_app.make_response(await view(*args, **url))
+                    response = _response(await view(*args, **url))
                 except BaseException:
                     self._abandon_on_loop(claim)
                     raise
@@ -246,7 +247,7 @@ class Idempotency:
                 if claim is None:
                     return view(*args, **url)
                 try:
-                    response = current_app.make_response(view(*args, **url))
+                    response = _response(view(*args, **url))
                 except BaseException:
                     self._abandon(claim)
                     raise
@@ -447,6 +448,11 @@ class Idempotency:
 
 
 _REMEDY = "async def in front of the view"
+
+
+def _response(answer: Any) -> Response:
+    """Return what Flask would make of a view's *answer*; a problem, which is an error, with its body at hand."""
+    return current_app.make_response(answer.get_response() if isinstance(answer, HTTPException) else answer)
 
 
 def _to_be_kept(response: Response) -> bool:
