@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,9 @@ def main(database: str, mode: str, point: str) -> None:
             die()
 
     unit_of_work(sessionmaker(engine)).run(run_sync, save, {"id": 1})
+    give_up = time.monotonic() + 30
+    while point in POINTS and courier._courier._desks and time.monotonic() < give_up:
+        time.sleep(0.01)  # it is to die in the courier's thread
 
 
 # ---- the storm -------------------------------------------------------------------------------------------------------
