@@ -18,6 +18,7 @@ import pytest
 import redis
 
 from tta_sync.cli import cache as command, main
+from tta_sync.cli.embedded_redis import EmbeddedRedis
 from tta_sync.context import WorkflowContext
 from tta_sync.facade import run_sync
 from tta_sync.primitives.performance import CachePrimitive, RedisBackend
@@ -347,9 +348,10 @@ def test_memory_of_other_processes_forgets_when_an_operator_invalidates(url: str
 
 
 def test_one_line_says_so_when_there_is_no_redis(
-    tta: Run, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    tta: Run, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Nothing set, nobody there, no URL: one line, no traceback, no password, exit status 2."""
+    monkeypatch.chdir(tmp_path)
     for action in (["stats"], ["get", "n", "1"], ["invalidate", "n", "--key", "1"], ["bump", "n"]):
         status, out, err = tta(*action)
         assert (status, out, err) == (2, "", "tta-sync: no Redis: set REDIS_URL, or write --url redis://host:port/0\n")
@@ -372,6 +374,26 @@ def test_url_is_taken_from_the_nearest_place_when_several_say_one(
     assert tta("stats", "--url", url)[0] == 0
     monkeypatch.delenv("TTA_REDIS_URL")
     assert tta("stats")[0] == 0
+
+
+def test_embedded_redis_is_found_when_the_service_runs_here(
+    tta: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside `make run` the command needs no setting; once that has stopped, one line says what it needs."""
+    embedded = EmbeddedRedis(tmp_path / "data" / "redis")
+    embedded.join()
+    try:
+        run_sync(cached(embedded.url)[0], 5)
+        monkeypatch.setenv("TTA_DATA_DIR", str(tmp_path / "data"))
+        assert tta("get", "weather", "5", "--json")[1]["value"] == {"for": 5}
+        monkeypatch.delenv("TTA_DATA_DIR")
+        monkeypatch.chdir(tmp_path)
+        status, told, err = tta("stats", "--json")
+        assert (status, err, [row["results"] for row in told["namespaces"]]) == (0, "", [1])
+    finally:
+        embedded.leave()
+    status, _, err = tta("stats")
+    assert (status, err) == (2, "tta-sync: no Redis: set REDIS_URL, or write --url redis://host:port/0\n")
 
 
 def test_redis_that_goes_away_is_told_when_it_does(own_redis_server: Any, tta: Run, monkeypatch: Any) -> None:

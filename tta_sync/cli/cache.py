@@ -10,8 +10,10 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from tta_sync.cli import keeper
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 
@@ -37,7 +39,8 @@ class NotPossible(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Look at what caches keep in Redis, and make them forget it. Redis is at --url, else at TTA_REDIS_URL or "
-        f"REDIS_URL. Results that were sealed with a secret are read with the one in {SECRET}. The exit status is 1 if "
+        "REDIS_URL, else the embedded one of a `tta-sync dev` that runs on TTA_DATA_DIR (default: ./data). "
+        f"Results that were sealed with a secret are read with the one in {SECRET}. The exit status is 1 if "
         "there is no such namespace or result, and 2 if Redis cannot be asked."
     )
     common = argparse.ArgumentParser(add_help=False)
@@ -88,9 +91,12 @@ def redis_url(given: str | None, env: Mapping[str, str]) -> str:
         NotPossible: nobody says.
     """
     url = given or env.get("TTA_REDIS_URL") or env.get("REDIS_URL")
-    if not url:
-        raise NotPossible("no Redis: set REDIS_URL, or write --url redis://host:port/0")
-    return url
+    if url:
+        return url
+    address = keeper.read_address(Path(env.get("TTA_DATA_DIR") or "data", "redis"))
+    if address is not None and keeper.answers(*address):
+        return f"redis://:{address[1]}@127.0.0.1:{address[0]}/0"
+    raise NotPossible("no Redis: set REDIS_URL, or write --url redis://host:port/0")
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
