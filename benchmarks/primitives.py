@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Goal, Table, machine, pinned, write_page
-from tta_sync import WorkflowContext, events
+from tta_sync import WorkflowContext, events, run_sync, step as as_step
 from tta_sync.context import Deadline
 from tta_sync.primitives import (
     BulkheadPrimitive,
@@ -228,19 +228,22 @@ def timeout(repeat: int, step: Any, primitive: WorkflowPrimitive[Any, Any], what
 
 
 def nested_timeout(repeat: int) -> Table:
-    """Measure, from inside, what a limit inside another and earlier one costs."""
-    made: dict[str, float] = {}
+    """Measure, from inside, what a limit costs where an earlier one, or run_sync, will cut the call."""
 
-    async def inside(data: Any, context: WorkflowContext) -> None:
+    async def inside(data: Any, context: WorkflowContext) -> float:
         inner = TimeoutPrimitive(Quick(), 7200.0).execute
-        bare = Quick().execute
-        calls: dict[str, Call] = {"inner": lambda: inner(1, context), "bare": lambda: bare(1, context)}
+        calls: dict[str, Call] = {"inner": lambda: inner(1, context), "bare": lambda: quick(1)}
         samples = await _rounds(calls, dict.fromkeys(calls, repeat // ROUNDS))
-        made["cost"] = quartile(samples["inner"]) - quartile(samples["bare"])
+        return max(0.001, quartile(samples["inner"]) - quartile(samples["bare"]))
 
-    asyncio.run(TimeoutPrimitive(inside, 3600.0).execute(1, WorkflowContext()))
-    nested = Table("primitives-timeout-nested", "Timeout inside an earlier limit", "µs")
-    nested.add("tta_sync Timeout", max(0.001, made["cost"]), Limit("tta_sync Timeout", 0.5))
+    nested = Table("primitives-timeout-nested", "Timeout where something earlier cuts the call", "µs")
+    for who, cost in {
+        "tta_sync Timeout inside an earlier one": asyncio.run(
+            TimeoutPrimitive(inside, 3600.0).execute(1, WorkflowContext())
+        ),
+        "tta_sync Timeout under run_sync": run_sync(as_step(inside), 1, timeout=3600.0),
+    }.items():
+        nested.add(who, cost, Limit(who, 0.5))
     return nested
 
 
@@ -372,7 +375,14 @@ def cache(repeat: int) -> list[Table]:
 
 
 def sequence(repeat: int) -> Table:
-    calls: dict[str, Call | None] = {"tta_sync Sequential of 3": ours(SequentialPrimitive([Quick(), Quick(), Quick()]))}
+    def plain(data: int) -> int:
+        return data
+
+    calls: dict[str, Call | None] = {
+        "tta_sync Sequential of 3": ours(SequentialPrimitive([Quick(), Quick(), Quick()])),
+        "tta_sync Sequential of 3 async functions": ours(SequentialPrimitive([quick, quick, quick])),
+        "tta_sync Sequential of 3 plain functions": ours(SequentialPrimitive([plain, plain, plain])),
+    }
 
     async def three() -> int:
         return await quick(await quick(await quick(1)))
@@ -383,7 +393,7 @@ def sequence(repeat: int) -> Table:
         calls,
         three,
         repeat,
-        {"tta_sync Sequential of 3": 1.5},
+        dict.fromkeys(calls, 1.5),
     )
 
 

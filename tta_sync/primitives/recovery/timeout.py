@@ -64,6 +64,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
 
     strategy = "timeout"
     peeks = True
+    _waits = False  # whether the step had to wait in the last call, whichever thread made it: a guess, no more
 
     def __init__(
         self,
@@ -144,30 +145,46 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         driver: _Driver | None = None
         cause: BaseException | None = None
         try:
-            # A step that never waits needs no timer: nothing could fire while it runs.
-            try:
-                starter = _starters.pop()
-            except IndexError:
-                starter = _make_starter()
-            start, answer = starter
-            waited = start(self._inner(data, context))
-            if waited is answer:
-                result = answer[0]
-                answer[0] = None
-                _starters.append(starter)
-                if monotonic() < at:
-                    return result  # type: ignore[no-any-return]
+            # A step that never waits needs no timer: nothing could fire while it runs. Whether this one will is guessed
+            # from the last call, as what is cheap for the one is dear for the other.
+            if self._waits:
+                coroutine: Any = self._inner(data, context)
+                try:
+                    waited = coroutine.send(None)
+                except StopIteration as stop:
+                    self._waits = False
+                    waited = _NOTHING
+                    result = stop.value
             else:
-                answer[0] = _TAKEN
+                try:
+                    starter = _starters.pop()
+                except IndexError:
+                    starter = _make_starter()
+                start, answer = starter
+                waited = start(self._inner(data, context))
+                if waited is answer:
+                    result = answer[0]
+                    answer[0] = None
+                    _starters.append(starter)
+                    if monotonic() < at:
+                        return result  # type: ignore[no-any-return]
+                    waited = _NOTHING
+                else:
+                    self._waits = True
+                    answer[0] = _TAKEN
+                    coroutine = start.__self__
+            if waited is not _NOTHING:
                 if limit is None:  # the deadline may be moved: then this limit may be the one that strikes
                     limit = _set_limit(now + self.timeout_seconds, outer)
-                driver = _Driver(waited, start.__self__, clock, at, deadline, limit)
+                driver = _Driver(waited, coroutine, clock, at, deadline, limit)
                 try:
                     result = await driver
                 finally:
                     driver.end()
-                if not driver.fired and clock.monotonic() < driver.at:
+                if not driver.fired and monotonic() < driver.at:
                     return result  # type: ignore[no-any-return]
+            elif monotonic() < at:
+                return result  # type: ignore[no-any-return]
         except BaseException as error:
             if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
                 raise
