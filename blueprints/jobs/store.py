@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 import re
 import zlib
 from dataclasses import dataclass
@@ -142,7 +141,7 @@ def _progress(meta: bytes, field: bytes) -> dict[str, Any] | None:
     for name in ("done", "total"):
         number = progress.get(name)
         usable = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 2**63
-        shown[name] = number if usable and math.isfinite(number) else None
+        shown[name] = number if usable else None
     for name in ("message", "at"):
         text = progress.get(name)
         shown[name] = text[:500] if isinstance(text, str) else None

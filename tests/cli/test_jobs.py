@@ -239,13 +239,13 @@ def on_a_terminal(service: Service) -> tuple[int, str]:
 def test_bar_is_shown_when_stderr_is_a_terminal(service):
     """On a terminal a bar shows how far the job is, and in its own words what it does; they are words only."""
     service.answers = [
-        [status("started"), progress(1, 4, "[red]first[/red]"), progress(3, 4, "last"), status("finished", result=1)]
+        [status("started"), progress(1, 4, "first"), progress(3, 4, "[red]last[/red]"), status("finished", result=1)]
     ]
     code, shown = on_a_terminal(service)
     assert code == 0
     assert "one finished" in shown
     assert "100%" in shown
-    assert "last" in shown
+    assert "[red]last[/red]" in shown
 
 
 def test_bar_is_shown_when_the_total_is_not_known(service):

@@ -185,7 +185,8 @@ def test_progress_of_any_kind_does_no_harm(client: FlaskClient, redis: Redis, he
 def test_odd_fields_do_no_harm(client: FlaskClient, redis: Redis) -> None:
     """Times that are none, results without values, meta without end."""
     job = jobs.quick.enqueue(1, job_id="one")
-    redis.hset(job.key, mapping={"started_at": "soon", "meta": b'"' + b"x" * 2**21 + b'"', "origin": b"\xff"})
+    meta = json.dumps({"progress": {"done": 1}, "more": "x" * 2**21})
+    redis.hset(job.key, mapping={"started_at": "soon", "meta": meta, "origin": b"\xff"})
     finish(redis, job, return_value="no base64!")
     shown = client.get("/api/jobs/one").json
     assert (shown["started_at"], shown["progress"], shown["result"]) == (None, None, None)
@@ -275,6 +276,17 @@ def test_unknown_or_odd_id_is_not_found(client: FlaskClient, redis: Redis, path:
     answer = client.post(url) if path.endswith("cancel") else client.get(url)
     assert (answer.status_code, answer.mimetype) == (404, "application/problem+json")
     assert redis.keys() == []
+
+
+def test_other_keys_of_rqs_are_no_jobs(client: FlaskClient, redis: Redis) -> None:
+    """What RQ keeps beside a job, under a name that begins like one's, is not found either."""
+    jobs.quick.enqueue(1, job_id="one")
+    jobs.quick.enqueue(2, job_id="two", depends_on="one")
+    assert redis.type("rq:job:one:dependents") == b"set"
+    for url in ("/api/jobs/one:dependents", "/api/jobs/one:dependents/events"):
+        assert client.get(url).status_code == 404
+    assert client.post("/api/jobs/one:dependents/cancel").status_code == 404
+    assert redis.hget("rq:job:one", "status") == b"queued"
 
 
 @pytest.mark.parametrize("settings", [{}, {"REDIS_URL": "redis://127.0.0.1:1/0"}])
