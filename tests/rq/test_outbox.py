@@ -358,6 +358,29 @@ def test_job_is_never_enqueued_when_its_transaction_is_rolled_back(
     assert client.keys() == []
 
 
+def test_courier_is_not_troubled_when_nothing_was_committed(
+    sqlite: sa.Engine, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The release of a savepoint is no commit, and neither is a rollback or a commit of something else."""
+    sent = []
+    monkeypatch.setattr(courier, "hand_over", lambda *arguments: sent.append(arguments))
+    with Session(sqlite) as session:
+        with session.begin_nested():
+            index.enqueue_on_commit({"id": 1}, session=session)
+        session.rollback()
+        session.add(Entry(job_id="x", batch="x"))
+        session.commit()
+        assert sent == []
+        with session.begin_nested():
+            index.enqueue_on_commit({"id": 1}, session=session)
+        assert sent == []
+        session.commit()
+        assert len(sent) == 1
+        session.add(Entry(job_id="y", batch="y"))
+        session.commit()
+        assert len(sent) == 1
+
+
 def test_savepoints_that_stand_keep_their_jobs_when_others_are_dropped(
     work: UnitOfWork, engine: sa.Engine, client: Redis, eventually: Eventually
 ) -> None:
@@ -644,6 +667,24 @@ def test_queue_of_the_functions_own_is_used_with_its_connection_and_timeout(
         job_id = function.enqueue_on_commit("x")
     eventually(lambda: queued(client, "own"))
     assert WorkflowJob.fetch(job_id, connection=client).timeout == 77
+
+
+def test_functions_of_different_redises_may_share_a_transaction(
+    engine: sa.Engine, client: Redis, redis_url: str, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job goes where its function says, whichever was written first."""
+    with Redis.from_url(redis_url.removesuffix("0") + "1") as elsewhere:
+        function = workflow_job("default", connection=elsewhere)(anything.workflow)
+        monkeypatch.setattr(jobs, "elsewhere", function, raising=False)
+        function._tta_job.modules = ("tests.rq.outbox_jobs",)
+        with unit_of_work(engine):
+            there = [function.enqueue_on_commit(1)]
+            here = [anything.enqueue_on_commit(2)]
+            there.append(function.enqueue_on_commit(3))
+        eventually(lambda: not waiting(engine))
+        assert queued(client) == here
+        assert queued(elsewhere) == there
+        assert len(elsewhere.keys("tta:outbox:*")) == 2
 
 
 def test_flask_applications_redis_is_used_in_its_requests(

@@ -82,7 +82,7 @@ def _relay(relay: Any, interval: float, *, once: bool) -> int:
                 pass
             if once:
                 return 1 if relay.pause else 0
-            stop.wait(max(interval, relay.pause))
+            stop.wait(max(0.01, interval, relay.pause))
     return 0
 
 

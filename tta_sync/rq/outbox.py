@@ -114,7 +114,7 @@ def write(
     if job.unique and made._dependency_ids:
         raise ValueError("a unique job cannot depend on others")
     body = json.dumps({"v": 1, "id": made.id, "queue": job.queue_name, "at_front": at_front, "job": _texts(made)})
-    _outbox().write(session, job.name, made.id, body, _delivery(_connection_now(job)))
+    _outbox().write(session, job.name, made.id, body, _delivery(_default_now()))
     return made.id
 
 
@@ -158,10 +158,10 @@ def _texts(job: Job) -> dict[str, str]:
     return texts
 
 
-def _connection_now(job: _Job) -> Redis | None:
-    """Return the Redis that ``enqueue`` would use here; None where only a relay knows."""
+def _default_now() -> Redis | None:
+    """Return the Redis for functions that have none of their own; None where only a relay knows."""
     try:
-        return job.own_connection or default_connection()
+        return default_connection()
     except ConfigurationError:
         return None
 
