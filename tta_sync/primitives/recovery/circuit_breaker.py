@@ -33,6 +33,8 @@ class CircuitState(StrEnum):
     HALF_OPEN = "half_open"
 
 
+_limit_around = time_limit.get  # here once for all: a method of an imported name is looked up anew for each call
+
 MAX_WINDOW = 1_000_000
 """Calls that a window may look back on: each costs eight bytes."""
 
@@ -419,7 +421,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
             self._ended(error, cut, generation, lease, began, context)
             raise
         # A step that swallowed its cancellation at a limit and returned something later on has failed all the same.
-        cut = (time_limit.get() is not None or context.deadline is not None) and cancel_reason(context) is not None
+        cut = (_limit_around() is not None or context.deadline is not None) and cancel_reason(context) is not None
         if cut or lease is not None:
             self._ended(None, cut, generation, lease, began, context)
         elif not self._quiet:
