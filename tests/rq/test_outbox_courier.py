@@ -6,10 +6,13 @@ import asyncio
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -333,3 +336,41 @@ def test_child_of_a_fork_has_a_courier_of_its_own(
     relay.gate.set()
     eventually(lambda: relay.units == ["parent's"])
     logging.getLogger("tta_sync").debug("the parent goes on")
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import sys
+import gevent, redis
+from tests.rq.outbox_jobs import Base, anything
+from tta_sync.rq import outbox_relay
+from tta_sync.sqlalchemy import create_engine, unit_of_work
+
+engine = create_engine(sys.argv[1])
+Base.metadata.create_all(engine)
+units = unit_of_work(engine)
+
+def commit(number):
+    with units:
+        anything.enqueue_on_commit(number)
+
+gevent.joinall([gevent.spawn(commit, number) for number in range(30)], raise_error=True)
+relay = outbox_relay(engine)
+with gevent.Timeout(30):
+    while relay.waiting():
+        gevent.sleep(0.01)
+print(redis.Redis.from_url(sys.argv[2]).llen("rq:queue:default"))
+"""
+
+
+def test_courier_delivers_under_gevent(redis_url: str, tmp_path: Path) -> None:
+    """Its thread is a greenlet there, and commits wait for it as greenlets do."""
+    done = subprocess.run(
+        [sys.executable, "-c", GEVENT, f"sqlite:///{tmp_path}/outbox.db", redis_url],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "REDIS_URL": redis_url, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert (done.stdout, done.stderr) == ("30\n", "")
