@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from marshmallow import Schema, fields
 from redis import Redis
-from rq import Retry, get_current_job
+from rq import Queue, Retry, get_current_job
+from rq.serializers import JSONSerializer
 from sqlalchemy.orm import Session
 from tenacity import wait_none
 
 from tta_sync import WorkflowContext, caller_step, run_sync, step
+from tta_sync.context import current_context
 from tta_sync.primitives import RetryPrimitive
 from tta_sync.rq import workflow_job
 from tta_sync.sqlalchemy import create_engine, session_step, unit_of_work
@@ -292,10 +297,100 @@ async def flaky(key: str) -> int:
 retrying = workflow_job("default")(RetryPrimitive(flaky, max_retries=5, wait=wait_none()))
 
 
+# ---- what is counted by those who kill, cut and restart
+
+
+@functools.lru_cache(maxsize=4)
+def lasting(url: str) -> Redis:
+    """One client per process: a thousand jobs a second are not to open a connection each."""
+    return Redis.from_url(url)
+
+
+def effects() -> Redis:
+    """Where jobs leave their traces; not always where their queue is."""
+    return lasting(os.environ.get("EFFECTS_URL") or os.environ["REDIS_URL"])
+
+
 @workflow_job("default", idempotent=True)
-async def once_by_key(data: dict[str, str], context: WorkflowContext) -> None:
+async def act_once(data: dict[str, Any], context: WorkflowContext) -> None:
     """A side effect that its key makes happen once, however often the job runs."""
-    client = redis()
-    client.hincrby("deliveries", data["key"], 1)
-    await asyncio.sleep(0.005)
-    client.hsetnx("effects", data["key"], "1")
+    client = effects()
+    client.hincrby("runs", data["key"], 1)
+    await asyncio.sleep(data["ms"] / 1000)
+    if client.hsetnx("done", data["key"], "1"):
+        client.hincrby("effects", data["key"], 1)
+
+
+async def act(key: str, ms: int = 0) -> str:
+    """A side effect that happens as often as the job runs."""
+    effects().hincrby("runs", key, 1)
+    await asyncio.sleep(ms / 1000)
+    return key
+
+
+async def nothing(data: Any = None) -> None:
+    pass
+
+
+def nothing_plainly(data: Any = None) -> None:
+    pass
+
+
+@workflow_job("default")
+async def measured(data: str, context: WorkflowContext) -> dict[str, int]:
+    """Return what the process that runs this holds."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "kilobytes": int(status["VmRSS"].split()[0]),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": int(status["Threads"]),
+    }
+
+
+async def report_progress(key: str) -> str:
+    """Report a step whenever it is told to, and a last one at its end."""
+    job, context = get_current_job(), current_context()
+    assert job is not None
+    assert context is not None
+    client = effects()
+    await context.progress(1, 3, "begun")
+    while not client.exists(key):
+        await asyncio.sleep(0.01)
+    await context.progress(2, 3)
+    await context.progress(3, 3, "last")
+    return "reported"
+
+
+def enqueue_next(job: Any, connection: Redis, *what: Any) -> None:
+    """A callback that enqueues."""
+    Queue("default", connection=connection, serializer=JSONSerializer).enqueue(
+        "tests.rq.worker_jobs.double", 21, job_id=f"{job.id}-next"
+    )
+
+
+def hang_in_callback(job: Any, connection: Redis, *what: Any) -> None:
+    client = effects()
+    client.rpush(f"{job.id}:called", "1")
+    while not client.exists(f"{job.id}:go"):
+        time.sleep(0.01)
+
+
+def time_out_in_callback(job: Any, connection: Redis, *what: Any) -> None:
+    raise TimeoutError("of something that the callback called")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    reason: str
+
+
+async def fail_frozen() -> None:
+    raise FrozenError("cold")
+
+
+async def fail_with_meta() -> None:
+    """Fail with something in its meta that no serializer can store."""
+    job = get_current_job()
+    assert job is not None
+    job.meta["lock"] = threading.Lock()
+    raise ValueError("and its meta cannot be saved")

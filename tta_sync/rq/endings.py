@@ -84,6 +84,8 @@ class Endings:
         plain: list[Delivery] = []
         rest: list[Delivery] = []
         for delivery in deliveries:
+            job = delivery.job
+            job.retries_left, job.repeats_left, job.number_of_retries = delivery.counts  # an earlier try changed them
             if delivery.why == LOST:
                 written(delivery)
             else:

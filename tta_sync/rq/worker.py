@@ -37,7 +37,7 @@ from rq.worker import DequeueStrategy, WorkerStatus
 
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.facade import default_facade
-from tta_sync.rq.claims import Claimed, Claims
+from tta_sync.rq.claims import WORKERS, Claimed, Claims, lease_key
 from tta_sync.rq.control import JobCancelledError, applies, cancel_key
 from tta_sync.rq.delivery import DRAINED, ENDED, LOST, STOPPED, Delivery, Runner, WorkerStoppedError, imported
 from tta_sync.rq.endings import Endings
@@ -331,6 +331,16 @@ class AsyncWorker(SimpleWorker):
             for number, handler in handlers.items():
                 # Told to stop, the process is about to end, and must not be cut short by an echo of that.
                 signal.signal(number, handler if self._shutdown_requested_date is None else signal.SIG_IGN)
+
+    def register_birth(self) -> None:
+        """Register; the name of an AsyncWorker that died is free when its lease has run out, not minutes later."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.hexists(WORKERS, self.name)
+            pipe.exists(lease_key(self.name))
+            known, lives = pipe.execute()
+        if known and not lives:
+            self.connection.delete(self.key)
+        super().register_birth()  # type: ignore[no-untyped-call]
 
     def _install_signal_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
