@@ -571,7 +571,7 @@ def test_every_kind_of_view_acts_once_when_it_is_decorated(site: Flask) -> None:
         assert "Idempotent-Replayed" in again.headers
     assert done == ["get", "flow", "flow", "thing", "part"]
     assert again.status_code == 200
-    assert client.post("/flow", headers=headers).headers["RateLimit"] == '"legacy.flow";r=0;t=100'
+    assert client.post("/flow", headers=headers).headers["RateLimit"] == '"flow";r=0;t=100'
     assert [post(site, path="/within").json for _ in range(2)] == [{"paid": 6}] * 2
 
 

@@ -120,19 +120,19 @@ def test_headers_tell_what_is_left_when_a_request_goes_through(site: Flask, cloc
 
     response = get(site)
     now = int(clock.time() + 0.999)
-    assert response.headers["RateLimit-Policy"] == '"legacy.view";q=3;w=6'
-    assert response.headers["RateLimit"] == '"legacy.view";r=2;t=2'
+    assert response.headers["RateLimit-Policy"] == '"view";q=3;w=6'
+    assert response.headers["RateLimit"] == '"view";r=2;t=2'
     assert "Retry-After" not in response.headers
     for style, reset in (("RateLimit", 2), ("X-RateLimit", now + 2)):
         told = [int(response.headers[f"{style}-{part}"]) for part in ("Limit", "Remaining", "Reset")]
         assert told == [3, 2, reset]
     clock.jump(1.0)
-    assert get(site).headers["RateLimit"] == '"legacy.view";r=1;t=1'
-    assert get(site).headers["RateLimit"] == '"legacy.view";r=0;t=1'
+    assert get(site).headers["RateLimit"] == '"view";r=1;t=1'
+    assert get(site).headers["RateLimit"] == '"view";r=0;t=1'
     last = get(site)
     refused(last)
-    assert last.headers["RateLimit"] == f'"legacy.view";r=0;t={last.headers["Retry-After"]}'
-    assert last.headers["RateLimit-Policy"] == '"legacy.view";q=3;w=6'
+    assert last.headers["RateLimit"] == f'"view";r=0;t={last.headers["Retry-After"]}'
+    assert last.headers["RateLimit-Policy"] == '"view";q=3;w=6'
     assert (last.headers["RateLimit-Remaining"], last.headers["X-RateLimit-Remaining"]) == ("0", "0")
 
 
@@ -171,7 +171,7 @@ def test_policy_is_in_whole_numbers_when_the_rate_is_not(rate: float, burst: int
     def view() -> str:
         return "done"
 
-    assert get(site).headers["RateLimit-Policy"] == f'"legacy.view";{policy}'
+    assert get(site).headers["RateLimit-Policy"] == f'"view";{policy}'
 
 
 def test_name_is_a_structured_string_when_it_holds_anything(clock: FakeClock) -> None:
@@ -304,15 +304,15 @@ def test_every_limit_holds_when_several_stand_on_one_view(site: Flask, clock: Fa
         return "done"
 
     first = get(site)
-    assert first.headers.getlist("RateLimit-Policy") == ['"legacy.view-2";q=2;w=2, "legacy.view";q=3;w=300']
-    assert first.headers["RateLimit"] == '"legacy.view-2";r=1;t=1, "legacy.view";r=2;t=100'
+    assert first.headers.getlist("RateLimit-Policy") == ['"view-2";q=2;w=2, "view";q=3;w=300']
+    assert first.headers["RateLimit"] == '"view-2";r=1;t=1, "view";r=2;t=100'
     assert first.headers["X-RateLimit-Remaining"] == "1"
     assert [get(site).status_code for _ in range(2)] == [200, 429]
     clock.jump(10.0)
     assert get(site).headers["X-RateLimit-Remaining"] == "0"
     inner = get(site)
     refused(inner)
-    assert inner.headers["RateLimit"].startswith('"legacy.view-2";r=0;t=1, "legacy.view";r=0;t=')
+    assert inner.headers["RateLimit"].startswith('"view-2";r=0;t=1, "view";r=0;t=')
     assert int(inner.headers["Retry-After"]) > 80
 
 
@@ -376,7 +376,7 @@ def test_every_kind_of_view_is_limited_when_it_is_decorated(site: Flask) -> None
         refused(get(site, path))
     assert get(site, "/plain", "192.0.2.9").json == {"value": 2}
     assert get(site, "/async", "192.0.2.9").json == {"value": "async", "path": "/async"}
-    assert get(site, "/part", "192.0.2.9").headers["RateLimit"].startswith('"legacy.part.part";')
+    assert get(site, "/part", "192.0.2.9").headers["RateLimit"].startswith('"part.part";')
 
 
 def test_view_s_own_errors_are_its_own_when_it_is_limited(site: Flask) -> None:
@@ -394,7 +394,7 @@ def test_view_s_own_errors_are_its_own_when_it_is_limited(site: Flask) -> None:
 
     response = get(site)
     assert (response.status_code, response.data) == (418, b"<h1>theirs</h1>")
-    assert response.headers["RateLimit"] == '"legacy.view";r=8;t=1'
+    assert response.headers["RateLimit"] == '"view";r=8;t=1'
 
 
 def test_application_answers_itself_when_it_has_a_handler_for_the_error(site: Flask) -> None:
@@ -413,7 +413,7 @@ def test_application_answers_itself_when_it_has_a_handler_for_the_error(site: Fl
     get(site)
     response = get(site)
     assert (response.status_code, response.data) == (429, b"slow down, 100 s")
-    assert response.headers["RateLimit"] == '"legacy.view";r=0;t=100'
+    assert response.headers["RateLimit"] == '"view";r=0;t=100'
 
 
 def test_event_tells_of_each_refusal_when_somebody_listens(site: Flask) -> None:
@@ -719,3 +719,23 @@ def test_view_keeps_its_face_when_it_is_limited() -> None:
     limited = tta.rate_limit(1)(view)
     assert (limited.__name__, limited.__doc__, limited.__wrapped__) == ("view", "What it does.", view)  # type: ignore[attr-defined]
     assert inspect.iscoroutinefunction(tta.rate_limit(1)(slow_answer))
+
+
+def test_views_are_limited_when_redis_is_not_installed() -> None:
+    """In this process's memory both decorators need nothing but Flask; a Redis that is named needs its extra."""
+    code = (
+        "import sys; sys.modules['redis'] = None\n"
+        "from flask import Flask\n"
+        "from tta_sync.flask import TTASync\n"
+        "site = Flask('bare'); tta = TTASync(site)\n"
+        "site.add_url_rule('/', 'view', tta.rate_limit(0.01)(tta.idempotent()(lambda: 'done')))\n"
+        "answers = [site.test_client().get('/', headers={'Idempotency-Key': 'k'}) for _ in range(2)]\n"
+        "assert [answer.status_code for answer in answers] == [200, 429]\n"
+        "site.config['TTA_REDIS_URL'] = 'redis://127.0.0.1:1'\n"
+        "site.testing = True\n"
+        "try: site.test_client().get('/')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tta-sync[redis]" in done.stdout

@@ -195,7 +195,9 @@ class RateLimit:
             raise RateLimitedError(name, told.wait)
 
     def _add_headers(self, name: str, told: Verdict, now: float, response: Response) -> Response:
-        headers, label, reset = response.headers, _structured(name), _whole(told.reset)
+        # Clients need not know how the application is called inside.
+        label = _structured(name if self._name else name.removeprefix(f"{current_app.name}."))
+        headers, reset = response.headers, _whole(told.reset)
         for field, item in (
             ("RateLimit-Policy", f"{label};q={self._burst};w={_whole(self._burst / self._rate)}"),
             ("RateLimit", f"{label};r={told.remaining};t={reset}"),
