@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 
@@ -34,6 +36,7 @@ from tta_sync.primitives import (
     SequentialPrimitive,
     SwitchPrimitive,
     TimeoutPrimitive,
+    WorkflowContext,
     WorkflowPrimitive,
     caller_step,
     step,
@@ -212,3 +215,71 @@ def test_repr_that_is_broken_hides_no_error() -> None:
                 await flow.execute([1])
 
     asyncio.run(main())
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def test_class_is_refused_when_its_execute_could_not_be_called() -> None:
+    """The class statement says how to write it."""
+    with pytest.raises(ConfigurationError, match=r"OneArgument\.execute\(self, data\) cannot be called with data and"):
+
+        class OneArgument(WorkflowPrimitive[Any, Any]):
+            async def execute(self, data: Any) -> Any:
+                return data
+
+    with pytest.raises(ConfigurationError, match=r"Yields\.execute yields: subclass StreamingPrimitive"):
+
+        class Yields(WorkflowPrimitive[Any, Any]):
+            async def execute(self, data: Any, context: Any) -> Any:
+                yield data
+
+
+def test_plain_execute_is_refused_when_it_returns_no_awaitable() -> None:
+    """One that returns an awaitable is as good as an async one; another's result tells how to write it."""
+
+    class Plain(WorkflowPrimitive[Any, Any]):
+        def execute(self, data: Any, context: Any) -> Any:
+            return fetch(data) if data else data
+
+    assert run_sync(Plain() >> work, 1) == 1
+    assert run_sync(TimeoutPrimitive(Plain(), 30.0), 1) == 1
+    with pytest.raises(TypeError, match=r"Plain\.execute returned int, not an awaitable: make it `async def`"):
+        run_sync(Plain() >> work, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": True}, {"slots": True, "frozen": True}])
+def test_class_may_be_a_dataclass(options: dict[str, bool]) -> None:
+    """Also one with slots, whose class is made a second time, and in either order of the arguments."""
+
+    @dataclass(**options)
+    class Fetch(WorkflowPrimitive[Any, Any]):
+        url: str
+
+        async def execute(self, context: WorkflowContext, data: Any) -> Any:
+            return f"{self.url}/{data}"
+
+    flow = RetryPrimitive(Fetch("api")) >> work
+    assert run_sync(flow, 1) == asyncio.run(flow.execute(1)) == asyncio.run(Fetch("api").execute(1)) == "api/1"
+    assert repr(Fetch("api")).endswith("Fetch(url='api')")
+
+
+def test_unittest_mocks_are_the_functions_that_they_stand_for() -> None:
+    """A mock answers to any name: it is taken for an object with ``execute`` only where somebody has set that up."""
+
+    class Foreign:
+        async def execute(self, data: Any, context: Any) -> Any:
+            return data
+
+    for mock in Mock(return_value=4), MagicMock(return_value=4), AsyncMock(return_value=4):
+        assert run_sync(work >> mock, 1) == 4
+        assert run_sync(RetryPrimitive(mock), 1) == 4
+        mock.assert_called()
+    flaky = AsyncMock(side_effect=[OSError("first"), 4])
+    assert run_sync(RetryPrimitive(flaky, backoff_strategy="constant"), 1) == 4
+    specified = AsyncMock(spec=Foreign)
+    specified.execute.return_value = 5
+    assert run_sync(work >> specified, 1) == 5
+    given = Mock()
+    given.execute = AsyncMock(return_value=6)
+    assert run_sync(work >> given, 1) == 6

@@ -137,6 +137,46 @@ def context_first(method: Callable[..., Any]) -> bool:
     return len(parameters) > 2 and parameters[1] in _CONTEXT_NAMES
 
 
+def _run_of(name: str, written: Any) -> Run:
+    """Make the ``_run(self, data, context)`` of a class *name* out of the ``execute`` that its author has written.
+
+    Raises:
+        ConfigurationError: it could not be called, or yields instead of returning.
+    """
+    if inspect.isasyncgenfunction(written):
+        raise ConfigurationError(
+            f"{name}.execute yields: subclass StreamingPrimitive, and call it `stream`; or return a list"
+        )
+    if isinstance(written, types.FunctionType):
+        signature = inspect.signature(written)
+        try:
+            signature.bind(None, None, None)
+        except TypeError:
+            raise ConfigurationError(
+                f"{name}.execute({', '.join(signature.parameters)}) cannot be called with data and context: "
+                "write `async def execute(self, data, context)`"
+            ) from None
+    if context_first(written):
+
+        def run(self: Any, data: Any, context: WorkflowContext) -> Any:
+            return written(self, context, data)
+    else:
+        run = written
+    if inspect.iscoroutinefunction(written) or not isinstance(written, types.FunctionType):
+        return run
+
+    async def awaiting(self: Any, data: Any, context: WorkflowContext) -> Any:
+        answer = run(self, data, context)
+        if not inspect.isawaitable(answer):
+            raise TypeError(
+                f"{name}.execute returned {type(answer).__name__}, not an awaitable: make it `async def`, or make a "
+                "step of a plain function with @step"
+            )
+        return await answer
+
+    return awaiting
+
+
 class WorkflowPrimitive(Generic[In, Out]):
     """One step of a workflow: takes data and a context, returns a result, composes with ``>>`` and ``|``.
 
@@ -165,7 +205,9 @@ class WorkflowPrimitive(Generic[In, Out]):
         own = cls.__dict__
         if "peeks" not in own and ("peek" in own or "execute" in own or "_run" in own):
             cls.peeks = False  # what the parent's peek would answer is not what this class's execute does
-        if "_run" in own:
+        if "_run" in own and getattr(own.get("execute"), "_runs", None) is own["_run"]:
+            pass  # the class is made again from its own parts, as dataclass(slots=True) does: all is in place
+        elif "_run" in own:
             if cls.__module__.partition(".")[0] != "tta_sync":
                 raise ConfigurationError(
                     f"{cls.__name__}._run: WorkflowPrimitive keeps this name for itself; "
@@ -174,15 +216,11 @@ class WorkflowPrimitive(Generic[In, Out]):
             cls.execute = _entry(own["_run"])  # type: ignore[method-assign]  # same call, looser spelling
         elif "execute" in own:
             written = own["execute"]
-            run: Run = written
-            if context_first(written):
-
-                def run(self: Any, data: Any, context: WorkflowContext) -> Coroutine[Any, Any, Any]:
-                    coroutine: Coroutine[Any, Any, Any] = written(self, context, data)
-                    return coroutine
-
+            run = _run_of(cls.__name__, written)
             cls._run = run  # type: ignore[method-assign]
-            cls.execute = functools.wraps(written)(_entry(run))  # type: ignore[method-assign]
+            execute: Any = functools.wraps(written)(_entry(run))
+            execute._runs = run
+            cls.execute = execute  # type: ignore[method-assign]
 
     if TYPE_CHECKING:
 
@@ -340,7 +378,7 @@ else:
 
 def is_step(candidate: object) -> bool:
     """Say whether *candidate* can stand in a workflow."""
-    return isinstance(candidate, WorkflowPrimitive) or hasattr(candidate, "execute") or callable(candidate)
+    return isinstance(candidate, WorkflowPrimitive) or callable(candidate) or hasattr(candidate, "execute")
 
 
 def _joins(operand: object) -> bool:
@@ -379,7 +417,7 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
         return candidate
     if isinstance(candidate, type) and hasattr(candidate, "execute"):
         raise ConfigurationError(f"{candidate.__name__} is a class: write {candidate.__name__}(...)")
-    if callable(getattr(candidate, "execute", None)):
+    if not _is_mocked_function(candidate) and callable(getattr(candidate, "execute", None)):
         return ForeignPrimitive(candidate)
     if callable(candidate):
         return LambdaPrimitive(candidate)
@@ -387,6 +425,17 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
         f"{candidate!r} cannot be a step: "
         "give a primitive, an object with `async execute(data, context)`, or a function"
     )
+
+
+def _is_mocked_function(candidate: object) -> bool:
+    """Say whether *candidate* is a mock of unittest's on which nobody has set up an ``execute``.
+
+    It would answer to that name as to any other, and give another mock for a result.
+    """
+    if not callable(candidate) or all(kind.__module__ != "unittest.mock" for kind in type(candidate).__mro__):
+        return False
+    parts = vars(candidate)
+    return "execute" not in parts.get("_mock_children", ()) and "execute" not in (parts.get("_mock_methods") or ())
 
 
 def step_name(candidate: object) -> str:
