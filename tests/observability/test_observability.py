@@ -284,8 +284,8 @@ def test_taken_port_is_one_warning(started: Callable[..., Observability], caplog
     assert b'tta_retries_total{step="flaky"} 1.0' in prometheus_client.generate_latest(observability.metrics.registry)
 
 
-@pytest.mark.parametrize("port", [-1, 70000])
-def test_impossible_port_is_refused(port: int) -> None:
+@pytest.mark.parametrize("port", [-1, 70000, "9464", 9464.0, True])
+def test_impossible_port_is_refused(port: Any) -> None:
     """A number that is no port is a mistake in the code, not on the machine."""
     with pytest.raises(ConfigurationError, match="from 0 to 65535"):
         initialize_observability("shop", prometheus_port=port)

@@ -11,6 +11,7 @@ from tta_sync import events
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.observability.logs import LogHook
 from tta_sync.observability.prometheus import MetricsServer, PrometheusHook
+from tta_sync.primitives.core.options import is_count
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -92,8 +93,8 @@ def initialize_observability(
     Source: TTA.dev's function of the same name, which the seeds call.
     """
     global _current
-    if prometheus_port is not None and not 0 <= prometheus_port <= 65535:
-        raise ConfigurationError(f"prometheus_port is a number from 0 to 65535, or None, not {prometheus_port}")
+    if prometheus_port is not None and not (is_count(prometheus_port, 0) and prometheus_port <= 65535):
+        raise ConfigurationError(f"prometheus_port is a number from 0 to 65535, or None, not {prometheus_port!r}")
     settings = {
         "service_name": service_name,
         "service_version": service_version,

@@ -485,4 +485,5 @@ def test_parallel_with_other_steps_does_not_warn() -> None:
         one | two
         ident | one | one
         ParallelPrimitive([one])
+        ParallelPrimitive([one, one], max_concurrency=1)  # whoever writes this knows
         (one >> ident) | one

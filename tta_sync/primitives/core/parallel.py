@@ -80,7 +80,8 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         self.on_error = on_error
         self.max_concurrency = max_concurrency
         self._starts = tuple((step_name(branch), branch._run) for branch in self.branches)
-        if len(self.branches) > 1 and all(map(_only_caller, self.branches)):
+        # Who asks for one at a time knows: the same input for each, and their results in a list.
+        if len(self.branches) > 1 and max_concurrency != 1 and all(map(_only_caller, self.branches)):
             warn_user(
                 f"every branch of {self!r} is a caller step: they share the caller's one thread and run one after "
                 "another; chain them with >>, or make those that need no session a thread_step"
