@@ -400,14 +400,14 @@ def test_redis_that_goes_away_is_told_when_it_does(own_redis_server: Any, tta: R
     """Between looking and acting as well."""
     url = own_redis_server.url
     run_sync(cached(url)[0], 5)
-    real = command.Store.versions
+    real = command.Store.meant
 
-    def versions(self: Any, arguments: Any) -> Any:
+    def meant(self: Any, arguments: Any) -> Any:
         found = real(self, arguments)
         own_redis_server.stop(signal.SIGKILL)
         return found
 
-    monkeypatch.setattr(command.Store, "versions", versions)
+    monkeypatch.setattr(command.Store, "meant", meant)
     for action in (["get", "weather", "5"], ["invalidate", "weather", "--key", "5"], ["bump", "weather"]):
         status, out, err = tta(*action, "--url", url)
         assert (status, out, err.count("\n")) == (2, "", 1), err
@@ -434,7 +434,7 @@ def test_usage_is_told_when_nothing_is_named_to_forget(url: str, tta: Run) -> No
         2,
         "tta-sync: say what to forget: --key KEY or --tag TAG; all of a namespace: tta-sync cache bump\n",
     )
-    for arguments in ([], ["get"], ["get", "weather"], ["bump"], ["unknown"]):
+    for arguments in ([], ["get"], ["bump"], ["unknown"]):
         with pytest.raises(SystemExit) as ended:
             main(["cache", *arguments])
         assert ended.value.code == 2
@@ -448,3 +448,45 @@ def test_keys_of_another_prefix_are_seen_when_it_is_given(url: str, tta: Run) ->
     _, told, _ = tta("stats", "--json", "--prefix", "my*[app]:")
     assert [row["results"] for row in told["namespaces"]] == [1]
     assert tta("get", "n", "5", "--prefix", "my*[app]:")[0] == 0
+
+
+def test_key_in_redis_is_taken_when_it_is_given_in_the_place_of_a_namespace(url: str, tta: Run) -> None:
+    """What redis-cli shows can be shown and forgotten, whatever data it was made of."""
+    weather, _ = cached(url, "ns: ü", version="2:0")
+    for tenant in (None, "acme: 1"):
+        run_sync(weather, object.__name__, WorkflowContext(tenant=tenant))
+        name = tta("get", "ns: ü", "object", *(["--tenant", tenant] if tenant else []), "--json")[1]["name"]
+        status, told, _ = tta("get", name, "--json")
+        assert (status, told["name"], told["value"]) == (0, name, {"for": "object"})
+        assert (told["namespace"], told["version"], told["tenant"]) == ("ns: ü", "2:0", tenant)
+        status, told, _ = tta("invalidate", name, "--json")
+        assert (status, told["invalidated"]) == (0, [name])
+        assert tta("get", name)[0] == 1
+    status, _, err = tta("get", "ns: ü")
+    assert (status, err) == (2, "tta-sync: say which: tta-sync cache get NAMESPACE KEY\n")
+
+
+def test_options_are_taken_when_they_stand_before_the_action(url: str, tta: Run, monkeypatch: Any) -> None:
+    """--url, --prefix and --json may stand on either side."""
+    monkeypatch.delenv("REDIS_URL")
+    run_sync(CachePrimitive(Step(), storage=RedisBackend(url, prefix="x:"), namespace="n"), 5)
+    for before, after in ((True, False), (False, True), (True, True)):
+        options = ["--url", url, "--prefix", "x:", "--json"]
+        status, told, err = tta(*options * before, "stats", *options * after)
+        assert (status, err, [row["results"] for row in told["namespaces"]]) == (0, "", [1])
+
+
+def test_long_namespace_is_found_when_it_is_given_whole_or_as_it_is_shown(url: str, tta: Run) -> None:
+    """The names of a long chain are shortened in Redis; both forms mean it."""
+    name = ">".join(f"package.module.step_{number}" for number in range(40))
+    weather, step = cached(url, name)
+    _, told, _ = (run_sync(weather, 5), *tta("stats", "--json"))[1:]
+    shown = told["namespaces"][0]["namespace"]
+    assert len(shown) < 150 < len(name)
+    for number, form in enumerate((name, shown)):
+        assert tta("get", form, "5", "--json")[1]["value"] == {"for": 5}
+        assert tta("invalidate", form, "--key", "5")[0] == 0
+        run_sync(weather, 5)
+        assert tta("bump", form)[0] == 0
+        run_sync(weather, 5)
+        assert step.calls == 1 + 2 * (number + 1)

@@ -43,24 +43,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"Results that were sealed with a secret are read with the one in {SECRET}. The exit status is 1 if "
         "there is no such namespace or result, and 2 if Redis cannot be asked."
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", help="redis://, rediss:// or unix://")
-    common.add_argument("--prefix", default="tta:", help="what the keys in Redis begin with (default: %(default)s)")
-    common.add_argument("--json", action="store_true", help="write JSON")
+    parser.set_defaults(url=None, prefix="tta:", json=False)
+    # Before the action or after it: without defaults of their own, so that the second does not undo the first.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for options in (parser, common):
+        options.add_argument("--url", help="redis://, rediss:// or unix://", default=argparse.SUPPRESS)
+        options.add_argument(
+            "--prefix", help="what the keys in Redis begin with (default: tta:)", default=argparse.SUPPRESS
+        )
+        options.add_argument("--json", action="store_true", help="write JSON", default=argparse.SUPPRESS)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, summary in _ACTIONS.items():
         action = actions.add_parser(name, help=summary, description=summary.capitalize() + ".", parents=[common])
         if name == "stats":
             action.add_argument("--namespace", help="this one only")
             continue
-        action.add_argument("namespace", metavar="NAMESPACE", help="as `tta-sync cache stats` writes it")
+        action.add_argument(
+            "namespace", metavar="NAMESPACE", help="as `tta-sync cache stats` writes it, or a key in Redis"
+        )
         action.add_argument("--version", help="of the cache (default: every version that there is)")
         if name == "bump":
             continue
         action.add_argument("--tenant", help="whose result (default: that of calls without a tenant)")
         help_of_key = 'the data of the call as JSON ({"id": 5}), or what cache_key_fn makes of them; else plain text'
         if name == "get":
-            action.add_argument("key", metavar="KEY", help=help_of_key)
+            action.add_argument("key", metavar="KEY", nargs="?", help=help_of_key)
         else:
             action.add_argument("--key", help=help_of_key)
             action.add_argument("--tag", action="append", default=[], dest="tags", help="may be given more than once")
@@ -107,7 +114,7 @@ def stats(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], 
     spaces = store.spaces(arguments.namespace, weigh=True)
     if arguments.namespace is not None and not spaces:
         raise store.no_namespace(arguments.namespace)
-    rows = [space.counts() for _, space in sorted(spaces.items())]
+    rows = [space.counts() for space in spaces]
     server = store.server()
     lines = table(rows) if rows else ["no cache keeps anything here"]
     lines.append(
@@ -119,8 +126,10 @@ def stats(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], 
 
 def get(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
     """Show one result."""
-    versions = store.versions(arguments)
-    found = [(version, store.examine(arguments, version)) for version in versions]
+    store.locate(arguments)
+    if arguments.key is None and arguments.name is None:
+        raise NotPossible("say which: tta-sync cache get NAMESPACE KEY")
+    found = [(space.version, store.examine(arguments, space)) for space in store.meant(arguments)]
     there = [each for each in found if each[1].fault != "absent"]
     if len(there) > 1:
         raise NotPossible(f"there is one in the versions {', '.join(version for version, _ in there)}: add --version")
@@ -154,12 +163,15 @@ def get(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], in
 
 def invalidate(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
     """Forget by key, by tag, or by both."""
-    if arguments.key is None and not arguments.tags:
+    store.locate(arguments)
+    if arguments.key is None and arguments.name is None and not arguments.tags:
         raise NotPossible("say what to forget: --key KEY or --tag TAG; all of a namespace: tta-sync cache bump")
-    versions = store.versions(arguments)
-    for version in versions:
-        store.invalidate(arguments, version)
+    spaces = store.meant(arguments)
+    for space in spaces:
+        store.invalidate(arguments, space)
+    versions = [space.version for space in spaces]
     what = [] if arguments.key is None else [f"key {arguments.key}"]
+    what += [] if arguments.name is None else [arguments.name]
     what += [f"tag {tag}" for tag in arguments.tags]
     done = {"namespace": arguments.namespace, "versions": versions, "invalidated": what}
     return done, [f"{arguments.namespace}, version {', '.join(versions)}: {', '.join(what)} invalidated"], 0
@@ -167,9 +179,10 @@ def invalidate(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[s
 
 def bump(store: Store, arguments: argparse.Namespace) -> tuple[Any, list[str], int]:
     """Forget all."""
-    versions = store.versions(arguments)
-    for version in versions:
-        store.clear(arguments.namespace, version)
+    spaces = store.meant(arguments)
+    for space in spaces:
+        store.clear(space)
+    versions = [space.version for space in spaces]
     done = {"namespace": arguments.namespace, "versions": versions, "bumped": True}
     return done, [f"{arguments.namespace}, version {', '.join(versions)}: all results are forgotten"], 0
 
@@ -183,8 +196,9 @@ _DO = {"stats": stats, "get": get, "invalidate": invalidate, "bump": bump}
 class Space:
     """What there is of one version of one namespace."""
 
-    def __init__(self, namespace: str, version: str) -> None:
-        self.namespace, self.version = namespace, version
+    def __init__(self, namespace: bytes, version: bytes) -> None:
+        self.written = namespace.decode(errors="replace")
+        self.namespace, self.version = _plain(namespace), _plain(version)
         self.results = self.bytes = self.computing = self.tags = 0
         self.tenants: set[str | None] = set()
 
@@ -218,7 +232,7 @@ class Store:
         self._client = Redis.from_url(
             url, socket_timeout=LIMIT, socket_connect_timeout=LIMIT, retry=Retry(NoBackoff(), 0), decode_responses=False
         )
-        self._url, self._prefix, self._secret, self._codec = url, prefix, secret, codec
+        self._url, self._prefix, self._secret, self._codec, self._keys = url, prefix, secret, codec, keys
         head = re.escape(f"{prefix}{keys.SCHEMA}:".encode())
         self._head = f"{prefix}{keys.SCHEMA}:"
         # No part holds a colon, see keys.prefix; "#" begins what is no result.
@@ -238,9 +252,10 @@ class Store:
 
     # ---- what there is
 
-    def spaces(self, namespace: str | None = None, weigh: bool = False) -> dict[tuple[str, str], Space]:
-        """Return what there is, by namespace and version."""
-        found: dict[tuple[str, str], Space] = {}
+    def spaces(self, namespace: str | None = None, weigh: bool = False) -> list[Space]:
+        """Return what there is, by namespace and version; long names may be given whole, or as they are shown."""
+        found: dict[tuple[bytes, bytes], Space] = {}
+        wanted = None if namespace is None else (self._keys.prefix(namespace)[:-1].encode(),)
         for names in self._scan():
             results: list[tuple[Space, bytes]] = []
             for name in names:
@@ -248,11 +263,12 @@ class Store:
                 match = result or control
                 if match is None:
                     continue
-                parts = match.groups()[1:3] if result else match.groups()[:2]
-                known = _plain(parts[0]), _plain(parts[1])
-                if namespace is not None and known[0] != namespace:
+                parts = (match[2], match[3]) if result else (match[1], match[2])
+                if wanted is not None and parts[0] not in wanted and _plain(parts[0]) != namespace:
                     continue
-                space = found.setdefault(known, Space(*known))
+                space = found.get(parts)
+                if space is None:
+                    space = found[parts] = Space(*parts)
                 if control:
                     space.tags += control[3].startswith(b"tag:")
                 elif match[4]:
@@ -264,7 +280,7 @@ class Store:
             if weigh and results:
                 for (space, _), size in zip(results, self._sizes([name for _, name in results]), strict=True):
                     space.bytes += size
-        return found
+        return sorted(found.values(), key=lambda space: (space.namespace, space.version))
 
     def _scan(self) -> Iterator[list[bytes]]:
         cursor: Any = 0
@@ -288,33 +304,44 @@ class Store:
         told = self._ask(self._client.info)
         return {name: told.get(name) for name in ("used_memory", "maxmemory", "evicted_keys", "role")}
 
-    def versions(self, arguments: argparse.Namespace) -> list[str]:
-        """Return the versions that are meant.
+    def meant(self, arguments: argparse.Namespace) -> list[Space]:
+        """Return what is meant, by version.
 
         Raises:
             NotPossible: there is no such namespace.
         """
-        there = sorted(version for _, version in self.spaces(arguments.namespace))
-        if not there or arguments.version not in (None, *there):
+        there = self.spaces(arguments.namespace)
+        if arguments.version is not None:
+            there = [space for space in there if space.version == arguments.version]
+        if not there:
             raise self.no_namespace(arguments.namespace, arguments.version)
-        return there if arguments.version is None else [arguments.version]
+        return there
 
     def no_namespace(self, namespace: str, version: str | None = None) -> NotPossible:
-        known = sorted({name for name, _ in self.spaces()})
+        known = sorted({space.namespace for space in self.spaces()})
         which = f"{namespace!r}" if version is None else f"{namespace!r} in version {version!r}"
         there = f"there are {', '.join(known[:20])}" if known else "there is none at all"
         return NotPossible(f"no cache has the namespace {which} here: {there}", 1)
 
     # ---- one namespace
 
-    def _cache(self, namespace: str, version: str) -> Any:
+    def locate(self, arguments: argparse.Namespace) -> None:
+        """Take a key in Redis, where one was given in the place of a namespace, for what it says."""
+        arguments.name = None
+        match = self._result.fullmatch(arguments.namespace.encode(errors="surrogateescape"))
+        if match is not None and match[4] is None:
+            arguments.name = arguments.namespace
+            arguments.namespace, arguments.version = _plain(match[2]), _plain(match[3])
+            arguments.tenant = None if match[1] == b"_" else _plain(match[1])
+
+    def _cache(self, space: Space) -> Any:
         from tta_sync.primitives.performance import CachePrimitive, RedisBackend
 
         return CachePrimitive(
             _never,
             storage=RedisBackend(self._url, self._prefix),
-            namespace=namespace,
-            version=version,
+            namespace=self._keys.Written(space.written),
+            version=space.version,
             secret=self._secret or None,
             max_value_bytes=256 * 2**20,
         )
@@ -332,21 +359,24 @@ class Store:
 
         return asyncio.run(do())
 
-    def examine(self, arguments: argparse.Namespace, version: str) -> Any:
-        cache = self._cache(arguments.namespace, version)
-        known, context = self._key(arguments.key), WorkflowContext(tenant=arguments.tenant)
-        return self._do(lambda: cache._layer.examine(known, context))
+    def examine(self, arguments: argparse.Namespace, space: Space) -> Any:
+        layer, context = self._cache(space)._layer, WorkflowContext(tenant=arguments.tenant)
+        name = arguments.name and arguments.name.encode()
+        key = name or layer.key(self._key(arguments.key), arguments.tenant)
+        return self._do(lambda: layer.examine(key, context))
 
-    def invalidate(self, arguments: argparse.Namespace, version: str) -> None:
-        cache = self._cache(arguments.namespace, version)
+    def invalidate(self, arguments: argparse.Namespace, space: Space) -> None:
+        cache = self._cache(space)
         if arguments.key is not None:
             known = self._key(arguments.key)
             self._do(lambda: cache.ainvalidate(known, tenant=arguments.tenant))
+        if arguments.name is not None:
+            self._do(lambda: cache._layer.forget_key(arguments.name.encode()))
         if arguments.tags:
             self._do(lambda: cache.ainvalidate(tags=arguments.tags))
 
-    def clear(self, namespace: str, version: str) -> None:
-        self._do(self._cache(namespace, version).aclear_cache)
+    def clear(self, space: Space) -> None:
+        self._do(self._cache(space).aclear_cache)
 
     def _key(self, text: str) -> Any:
         try:

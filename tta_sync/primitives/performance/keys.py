@@ -85,7 +85,15 @@ def digest(data: Any, argument: str = "data") -> bytes:
 
 def prefix(*parts: str | None) -> str:
     """Return *parts* as one readable text in which none of them can pass for another; None is a part, too."""
-    return "".join("_:" if part is None else f"{_component(str(part))}:" for part in parts)
+    return "".join(
+        "_:" if part is None else f"{part if isinstance(part, Written) else _component(str(part))}:" for part in parts
+    )
+
+
+class Written(str):
+    """A part as :func:`prefix` has written it, read in a store: it is not written once more."""
+
+    __slots__ = ()
 
 
 def _component(text: str) -> str:

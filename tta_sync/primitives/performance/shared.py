@@ -137,15 +137,14 @@ class SharedLayer(ABC):
 
     # ---- for operators -----------------------------------------------------------------------------------------------
 
-    async def examine(self, known: Any, context: WorkflowContext) -> Examined:
-        """Return what is stored for a call, without computing or counting anything.
+    async def examine(self, key: bytes, context: WorkflowContext) -> Examined:
+        """Return what is stored under *key*, without computing or counting anything.
 
         Of the counters only that of the whole namespace is compared: which tags a result carries, only its step knows.
 
         Raises:
             Bypass: the store does not answer.
         """
-        key = self.key(known, context.tenant)
         blob, versions = await self._read(key, frozenset(), context)
         if blob is None:
             return Examined(key.decode(), "absent", 0, None, None)
