@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tta_sync import events
+from tta_sync import caller_step, events, run_sync
 from tta_sync.context import Deadline, WorkflowContext, cut_off, time_limit
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, SagaError, StepTimeoutError, WorkflowError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step
@@ -178,8 +178,8 @@ def test_compensations_go_on_when_the_caller_can_no_longer_wait() -> None:
     assert clock.monotonic() == 11.0
 
 
-def test_failed_compensations_are_the_cause_when_the_saga_was_cancelled() -> None:
-    """On cancellation the original comes out; a SagaError of the compensations alone hangs on it, and an event."""
+def test_failed_compensations_are_the_cause_when_the_saga_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    """On cancellation the original comes out; a SagaError of the compensations alone hangs on it, and the log has it."""
     ledger = Ledger()
     ledger.takes["a"] = 3600
     failed = ledger.fails["undo a"] = OSError("undo")
@@ -197,6 +197,20 @@ def test_failed_compensations_are_the_cause_when_the_saga_was_cancelled() -> Non
     cancelled = asyncio.run(main())
     assert isinstance(cancelled.__cause__, SagaError)
     assert list(cancelled.__cause__.exceptions) == [failed]
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage() == "SagaPrimitive was cancelled, and 1 of its compensations failed: OSError"
+
+
+def test_compensation_that_cannot_run_is_told_when_the_caller_has_left(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever waits in run_sync gets its timeout; that a caller step could undo nothing any more is in the log."""
+
+    async def hang(data: Any) -> None:
+        await asyncio.sleep(3600)
+
+    with pytest.raises(DeadlineExceededError):
+        run_sync(SagaPrimitive([(hang, caller_step(lambda data: None))]), 1, timeout=0.05)
+    assert "SagaPrimitive was cancelled, and 1 of its compensations failed: NoCallerError" in caplog.text
 
 
 def test_cancellation_during_the_compensations_waits_for_them_and_comes_out() -> None:

@@ -117,6 +117,11 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
             ending = interrupts[-1] if isinstance(failure, Exception) else failure
             if errors:
                 ending.__cause__ = SagaError(f"{len(errors)} compensations failed", errors)
+                # Who cancels rarely looks at the cause, run_sync's caller has only a timeout: people must hear of it.
+                kinds = ", ".join(type(error).__qualname__ for error in errors)
+                events.logger.error(
+                    "%s was cancelled, and %d of its compensations failed: %s", call_name(self), len(errors), kinds
+                )
             return ending
         finally:
             del failure, interrupts  # their frames lead back to this one
