@@ -179,7 +179,7 @@ def test_compensations_go_on_when_the_caller_can_no_longer_wait() -> None:
 
 
 def test_failed_compensations_are_the_cause_when_the_saga_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
-    """On cancellation the original comes out; a SagaError of the compensations alone hangs on it, and the log has it."""
+    """On cancellation the original comes out; a SagaError of the compensations alone hangs on it; the log has it."""
     ledger = Ledger()
     ledger.takes["a"] = 3600
     failed = ledger.fails["undo a"] = OSError("undo")

@@ -181,14 +181,25 @@ def _seconds(asked: Any, wall_clock: Callable[[], float]) -> float:
             from email.utils import parsedate_to_datetime
 
             try:
-                seconds = parsedate_to_datetime(asked).timestamp() - wall_clock()
+                seconds = _until(parsedate_to_datetime(asked), wall_clock)
             except (ValueError, TypeError, OverflowError):
                 pass  # neither a number nor a date: it asks for nothing
+    elif hasattr(asked, "utcoffset"):
+        seconds = _until(asked, wall_clock)  # a datetime, as werkzeug's errors have it
     elif hasattr(asked, "total_seconds"):
         seconds = asked.total_seconds()
     elif isinstance(asked, (int, float)) and not isinstance(asked, bool):
         seconds = float(asked)
     return seconds if 0.0 < seconds < math.inf else 0.0
+
+
+def _until(moment: Any, wall_clock: Callable[[], float]) -> float:
+    """Return the seconds until a datetime; one without a zone is meant as GMT, as HTTP's dates are."""
+    if moment.tzinfo is None:
+        from datetime import UTC
+
+        moment = moment.replace(tzinfo=UTC)
+    return float(moment.timestamp()) - wall_clock()
 
 
 # ---- whether to wait at all -----------------------------------------------------------------------------------------
