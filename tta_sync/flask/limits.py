@@ -6,7 +6,6 @@ import functools
 import inspect
 import ipaddress
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from tta_sync.flask.storage import of_application, redis_url, supplier
 from tta_sync.primitives.performance.in_redis import seam
 from tta_sync.primitives.performance.keys import prefix as bounded
 from tta_sync.primitives.performance.stores import Guard
-from tta_sync.primitives.recovery.rate_limit import MAX_KEYS, Verdict, decide, verdict
+from tta_sync.primitives.recovery.rate_limit import MAX_KEYS, Verdict, decide, expected_workers, verdict
 
 Fail = Literal["local", "open", "closed"]
 _MAX_INTEGER = 999_999_999_999_999  # of RFC 9651
@@ -88,7 +87,7 @@ class RateLimit:
             raise ConfigurationError(f'fail is "local", "open" or "closed", not {fail!r}')
         self._rate, self._burst, self._fail, self._storage, self._name = float(rate), burst, fail, storage, name
         self._key: Callable[[], str] = (lambda: "") if key is None else supplier("key", key)
-        self._workers = workers or _expected_workers()
+        self._workers = workers or expected_workers()
         self._number = 1
 
     def wrap(self, view: Callable[..., Any], answer: Callable[[Exception], Any]) -> Callable[..., Any]:
@@ -222,9 +221,3 @@ def _structured(text: str) -> str:
     """Return *text* as a string of RFC 9651, which has printable ASCII only."""
     plain = "".join(character if " " <= character <= "~" else "_" for character in text[:200])
     return '"' + plain.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _expected_workers() -> int:
-    """Return how many processes serve the application, as far as gunicorn's own variable says."""
-    said = os.environ.get("WEB_CONCURRENCY", "")
-    return max(1, int(said)) if said.isascii() and said.isdigit() and len(said) < 6 else 1

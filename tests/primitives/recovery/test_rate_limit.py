@@ -569,6 +569,25 @@ def test_local_share_of_the_rate_holds_while_the_store_is_down(down: Exception) 
         run(limited(log, 4.0, store=Store(down), fail="closed"), clock)
 
 
+@pytest.mark.parametrize(("said", "interval"), [("4", 4.0), ("", 1.0), ("many", 1.0), ("²", 1.0), ("0", 1.0)])
+def test_share_of_the_rate_follows_gunicorn_when_nobody_says_how_many_workers(
+    monkeypatch: pytest.MonkeyPatch, said: str, interval: float
+) -> None:
+    """WEB_CONCURRENCY is how many there are; nonsense is one. Without a store the whole rate is this process's."""
+    monkeypatch.setenv("WEB_CONCURRENCY", said)
+    clock = FakeClock()
+    local = limited(Log(), 1.0, store=Store(*[ConnectionError()] * 9))
+    run(local, clock)
+    with pytest.raises(RateLimitedError) as caught:
+        run(local, clock)
+    assert caught.value.retry_after == pytest.approx(interval)
+    alone = limited(Log(), 1.0)
+    run(alone, clock)
+    with pytest.raises(RateLimitedError) as caught:
+        run(alone, clock)
+    assert caught.value.retry_after == pytest.approx(1.0)
+
+
 # ---- the rest ---------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -93,7 +94,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
             client, a URL, a ``RedisBackend``, or a :class:`RateStore`. The limit is then known by its *name*.
         fail: what holds while the store is down: "local", the limit of this process at *rate* / *workers*; "open",
             none; "closed": every call is rejected.
-        workers: how many processes share the store.
+        workers: how many processes share the store; None: what WEB_CONCURRENCY says, else 1.
 
     Raises:
         RateLimitedError: the limit is reached, or the wait would be too long; ``retry_after`` is in seconds.
@@ -116,12 +117,12 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         *,
         store: Any = None,
         fail: Literal["local", "open", "closed"] = "local",
-        workers: int = 1,
+        workers: int | None = None,
         name: str | None = None,
     ) -> None:
         if not (is_number(rate) and rate > 0):
             raise ConfigurationError(f"rate is a positive number of calls per second, not {rate!r}")
-        for option, count in (("burst", burst), ("workers", workers)):
+        for option, count in (("burst", burst), ("workers", 1 if workers is None else workers)):
             if not is_count(count, 1) or not is_number(count):
                 raise ConfigurationError(f"{option} is a whole number, 1 or more, not {count!r}")
         if mode not in ("reject", "wait"):
@@ -142,7 +143,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         self._shared_name = "" if store is None else name or shared_name(self.primitive, "rate limit")
         self._fail = fail
         # Alone, this process may use the whole rate; where it stands in for the store, its share.
-        self._interval = (1 if store is None else workers) / self.rate
+        self._interval = (1 if store is None else workers or expected_workers()) / self.rate
         self._tolerance = (burst - 1) * self._interval
         self._inner = self.primitive._run
         self._lock = threading.Lock()
@@ -314,6 +315,12 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
                 )
             )
         return RateLimitedError(self.name, wait)
+
+
+def expected_workers() -> int:
+    """Return how many processes serve beside this one, itself included, as far as gunicorn's own variable says."""
+    said = os.environ.get("WEB_CONCURRENCY", "")
+    return max(1, int(said)) if said.isascii() and said.isdigit() and len(said) < 6 else 1
 
 
 def _shared(store: Any) -> RateStore:
