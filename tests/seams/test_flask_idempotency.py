@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -23,6 +25,7 @@ import pytest
 import redis
 from flask import Blueprint, Flask, Response, abort, make_response, request, send_file, session
 from flask.views import MethodView
+from hypothesis import given, settings, strategies as st
 from marshmallow import Schema, fields
 from werkzeug.exceptions import NotFound
 
@@ -871,6 +874,67 @@ def test_response_is_kept_when_the_request_is_cut_off_as_it_is_stored(
     while "was not kept for its idempotency key: gone" not in caplog.text:
         assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.sampled_from(["k", '"k"', "other", None, "a,b"]),
+        st.sampled_from([b"", b"x"]),
+        st.sampled_from(["ann", "bob"]),
+        st.sampled_from([200, 201, 404, 422, 409, 429, 500, 503, "raise", "stream"]),
+    ),
+    max_size=12,
+)
+
+
+def test_memory_and_redis_answer_alike_whatever_comes(url: str) -> None:
+    """For any order of requests nobody can tell from the responses where they are kept; and both are as a dict is."""
+    sites = [make_site(), make_site(url)]
+    counters = [serve(site) for site in sites]
+    for site in sites:
+        site.config["PROPAGATE_EXCEPTIONS"] = False
+    kept: dict[tuple[str, str], tuple[bytes, Any]] = {}
+    round_number = itertools.count()
+
+    def answer(counter: Counter, outcome: Any) -> Any:
+        if outcome == "raise":
+            raise LookupError
+        if outcome == "stream":
+            return Response(iter([b"a", b"b"]))
+        return str(counter.done), outcome
+
+    def expected(key: str | None, body: bytes, who: str, outcome: Any, done: int) -> tuple[int, bytes | None, bool]:
+        """Status, body (None: a problem) and whether it is a replay."""
+        if key == "a,b":
+            return 400, None, False
+        name = ((key or "").strip('"'), who)
+        if key is not None and name in kept:
+            mark, response = kept[name]
+            if mark != body:
+                return 422, None, False
+            return (409, None, False) if response is None else (*response, True)
+        status, said = {"raise": (500, None), "stream": (200, b"ab")}.get(outcome, (outcome, b"%d" % done))
+        if key is not None and status < 500 and status not in (409, 429):
+            kept[name] = body, None if outcome == "stream" else (status, said)
+        return status, said, False
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(REQUESTS)
+    def compare(requests: list[tuple[str | None, bytes, str, Any]]) -> None:
+        kept.clear()
+        tenant = next(round_number)
+        for key, body, who, outcome in requests:
+            told = expected(key, body, who, outcome, counters[0].done + 1)
+            for site, counter in zip(sites, counters, strict=True):
+                counter.answer = functools.partial(answer, counter, outcome)
+                response = post(site, key, data=body, headers={"Authorization": f"{who} {tenant}"})
+                replayed = "Idempotent-Replayed" in response.headers
+                data = response.data if told[1] is not None else None
+                assert (response.status_code, data, replayed) == told
+            assert counters[0].done == counters[1].done
+
+    compare()
+    assert counters[0].done > 10
 
 
 SERVED = """
