@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tta_sync import primitives
+from tta_sync.events import records
 from tta_sync.primitives.persistence import FakeUnitOfWork
 from tta_sync.primitives.recovery import CircuitBreakerConfig
 
@@ -80,3 +82,25 @@ def test_defaults_of_a_page_are_those_of_the_code(page: Path) -> None:
             assert told != "–", name
             if code[name] is not None:
                 assert literal(told) == code[name], name
+
+
+def section(page: Path, heading: str) -> str:
+    found = re.search(rf"^## {heading}\n(.*?)^## ", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_events_of_a_page_are_those_of_the_code(page: Path) -> None:
+    """Each record that a page names is there, with the fields that the page gives it."""
+    for name, told in re.findall(r"`([A-Z]\w+)\(([^)]*)\)", section(page, "Events")):
+        fields = {field.name for field in dataclasses.fields(getattr(records, name))}
+        assert {part.partition("=")[0].strip() for part in told.split(",")} <= fields, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_usage_of_a_page_is_shown_from_both_sides(page: Path) -> None:
+    """From synchronous code, and from asynchronous code."""
+    usage = section(page, "Usage")
+    assert "From synchronous code" in usage
+    assert "From asynchronous code" in usage
