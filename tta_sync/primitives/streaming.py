@@ -41,11 +41,11 @@ class StreamingPrimitive(WorkflowPrimitive[In, list[Out]]):
         if context_first(written):
 
             @functools.wraps(written)
-            def stream(self: Any, data: Any = None, context: Any = None, **named: Any) -> Any:
+            def stream(self: Any, data: Any = None, context: Any = None, /, **named: Any) -> Any:
                 data, context = sort_arguments(data, context, named)
                 return written(self, context, data)
 
-            cls.stream = stream  # type: ignore[method-assign]
+            cls.stream = stream  # type: ignore[assignment]  # same call, looser spelling
 
     def stream(self, data: In, context: WorkflowContext) -> AsyncIterator[Out]:
         """Yield the items of the result."""

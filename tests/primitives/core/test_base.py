@@ -74,12 +74,30 @@ class Plus:
         lambda p, c: p.execute(data="x", context=c),
         lambda p, c: p.execute(input_data="x", context=c),
         lambda p, c: p.execute(context=c, input_data="x"),
+        lambda p, c: p.execute(c, data="x"),
+        lambda p, c: p.execute(c, input_data="x"),
     ],
 )
 def test_execute_takes_every_spelling_when_a_subclass_writes_either_order(kind: Any, call: Any) -> None:
     """Both orders and all keywords reach every primitive as what they are."""
     context = WorkflowContext()
     assert asyncio.run(call(kind(), context)) == ("x", context)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, c: p.execute("x", c, data="y"),
+        lambda p, c: p.execute("x", input_data="y"),
+        lambda p, c: p.execute(data="x", input_data="y", context=c),
+        lambda p, c: p.execute("x", c, context=c),
+        lambda p, c: p.execute(c, context=c, data="x"),
+    ],
+)
+def test_execute_refuses_an_argument_that_is_given_twice(call: Any) -> None:
+    """Neither of the two is dropped in silence."""
+    with pytest.raises(TypeError, match=r"execute\(\) got its (data|context) twice"):
+        call(Echo(), WorkflowContext())
 
 
 def test_execute_makes_a_context_when_none_is_given() -> None:

@@ -136,3 +136,14 @@ def test_repr_shows_the_routes() -> None:
     """Keys, steps and default are readable."""
     assert repr(RouterPrimitive({"x": one}, choose)) == "Router(choose, {'x': one})"
     assert repr(RouterPrimitive({"x": one}, choose, default="x")) == "Router(choose, {'x': one}, default='x')"
+
+
+def test_answer_that_can_be_no_key_is_refused() -> None:
+    """A list, say: the error names the function that returned it."""
+
+    def choose(data: Any) -> list[str]:
+        return ["x"]
+
+    for flow in SwitchPrimitive(choose, {"x": str}), RouterPrimitive({"x": str}, choose, default="x"):
+        with pytest.raises(TypeError, match="choose returned a list, which cannot be a key"):
+            run(flow, 1)

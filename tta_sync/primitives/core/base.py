@@ -95,10 +95,7 @@ Run = Callable[[Any, Any, WorkflowContext], Coroutine[Any, Any, Any]]
 def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = None) -> tuple[Any, WorkflowContext]:
     """Bring every order and keyword spelling of ``execute`` to (data, context); make a context where there is none."""
     if keywords:
-        if "input_data" in keywords:
-            data = keywords.pop("input_data")
-        if keywords:
-            raise TypeError(f"execute() takes data (or input_data) and context, not {', '.join(sorted(keywords))}")
+        data, context = _with_keywords(data, context, keywords)
     if isinstance(data, WorkflowContext) and not isinstance(context, WorkflowContext):
         data, context = context, data
     if context is None:
@@ -109,11 +106,28 @@ def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = No
     return data, context
 
 
+def _with_keywords(data: Any, context: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
+    unknown = keywords.keys() - {"data", "input_data", "context"}
+    if unknown:
+        raise TypeError(f"execute() takes data (or input_data) and context, not {', '.join(sorted(unknown))}")
+    if "data" in keywords or "input_data" in keywords:
+        if isinstance(data, WorkflowContext) and context is None:
+            data, context = None, data  # execute(context, data=...)
+        if data is not None or len(keywords) - ("context" in keywords) > 1:
+            raise TypeError("execute() got its data twice: data and input_data are two names for one argument")
+        data = keywords["data"] if "data" in keywords else keywords["input_data"]
+    if "context" in keywords:
+        if context is not None:
+            raise TypeError("execute() got its context twice")
+        context = keywords["context"]
+    return data, context
+
+
 def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Make the public ``execute`` over one class's *run*, so that ``super().execute()`` reaches the parent's own."""
 
     def execute(
-        self: Any, data: Any = None, context: WorkflowContext | None = None, **keywords: Any
+        self: Any, data: Any = None, context: WorkflowContext | None = None, /, **keywords: Any
     ) -> Coroutine[Any, Any, Any]:
         # The usual case by identity, which is cheaper than isinstance; a subclass of the context goes the long way.
         if keywords or context.__class__ is not WorkflowContext or data.__class__ is WorkflowContext:

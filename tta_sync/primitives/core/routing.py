@@ -19,6 +19,11 @@ def _check_mapping(option: str, given: Any) -> None:
         raise ConfigurationError(f"{option} is a mapping from keys to steps, not {given!r}: write {{key: step}}")
 
 
+def _no_key(function: object, answer: Any) -> TypeError:
+    kind = type(answer).__qualname__
+    return TypeError(f"{display_name(function)} returned a {kind}, which cannot be a key: return a string, say")
+
+
 class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     """Run the case that the selector names; without a match, the default; without that, pass the input through.
 
@@ -63,7 +68,11 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         )
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
-        case = self.cases.get(await self._select(data, context), self.default)
+        key = await self._select(data, context)
+        try:
+            case = self.cases.get(key, self.default)
+        except TypeError:
+            raise _no_key(self.selector, key) from None
         if case is not None:
             result: Out = await (case._run if bus.emit is None else told(case))(data, context)
             return result
@@ -123,7 +132,10 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         key = await self._choose(data, context)
-        used_default = key not in self.routes
+        try:
+            used_default = key not in self.routes
+        except TypeError:
+            raise _no_key(self.router_fn, key) from None
         if used_default:
             if self.default is None:
                 raise NoRouteError(key, [str(route) for route in self.routes])
