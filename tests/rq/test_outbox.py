@@ -379,6 +379,10 @@ def test_courier_is_not_troubled_when_nothing_was_committed(
         session.add(Entry(job_id="y", batch="y"))
         session.commit()
         assert len(sent) == 1
+    with sqlite.connect() as connection, connection.begin(), Session(connection) as session:
+        index.enqueue_on_commit({"id": 1}, session=session)
+        session.commit()
+    assert len(sent) == 1
 
 
 def test_savepoints_that_stand_keep_their_jobs_when_others_are_dropped(
@@ -1269,6 +1273,28 @@ def test_job_whose_function_is_gone_is_parked_with_its_error(
     assert relay.messages() == []
 
 
+def test_large_transaction_that_waits_does_not_keep_others_waiting(
+    engine: sa.Engine, client: Redis, nobody_delivers: None
+) -> None:
+    """While its first job cannot be enqueued none of its jobs is looked at, however many there are."""
+    with unit_of_work(engine):
+        for number in range(250):
+            anything.enqueue_on_commit(number)
+    with engine.begin() as connection:
+        table = outbox_table(Base.metadata)
+        first = sa.select(sa.func.min(table.c.id)).scalar_subquery()
+        connection.execute(sa.update(table).where(table.c.id == first).values(body="no JSON"))
+    with unit_of_work(engine):
+        anything.enqueue_on_commit(0, job_id="other")
+    clock = FakeClock(epoch=time.time())
+    relay = OutboxRelay(engine, JobDelivery(client), attempts=2, clock=clock)
+    assert relay.run_once() == 0
+    assert relay.run_once() == 1
+    assert queued(client) == ["other"]
+    clock.jump(1.1)
+    assert [relay.run_once(), relay.run_once()] == [0, 249]
+
+
 def test_parked_message_can_be_dropped_and_others_cannot(
     engine: sa.Engine, client: Redis, nobody_delivers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1373,6 +1399,8 @@ def test_table_is_the_same_by_create_all_and_by_create_outbox_and_under_a_naming
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
     engine.dispose()
+    assert table.primary_key.name == "pk_tta_sync_outbox"
+    assert [index.name for index in table.indexes] == ["ix_tta_sync_outbox_unit_id"]
     assert outbox_table(sa.MetaData(schema="elsewhere")).schema is None
 
 
@@ -1417,7 +1445,9 @@ def test_async_session_enqueues_by_its_sync_one(postgres_url: str, client: Redis
     sync.dispose()
 
 
-def test_database_in_memory_is_delivered_by_the_thread_that_commits(client: Redis) -> None:
+def test_database_in_memory_is_delivered_by_the_thread_that_commits(
+    client: Redis, own_courier: courier.Courier
+) -> None:
     """Its one connection must not be used by two threads at once."""
     engine = create_engine("sqlite://")
     create_outbox(engine)
@@ -1425,6 +1455,7 @@ def test_database_in_memory_is_delivered_by_the_thread_that_commits(client: Redi
         job_id = anything.enqueue_on_commit(1)
     assert queued(client) == [job_id]
     assert waiting(engine) == 0
+    assert own_courier._thread is None
     engine.dispose()
 
 

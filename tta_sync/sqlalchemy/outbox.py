@@ -54,7 +54,7 @@ from tta_sync.clock import SYSTEM_CLOCK, Clock
 from tta_sync.context import Delivery, Message, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.sqlalchemy import courier
-from tta_sync.sqlalchemy.engines import BEGIN, require_adopted
+from tta_sync.sqlalchemy.engines import require_adopted
 from tta_sync.sqlalchemy.units import current_session, current_unit, stepping
 
 logger = logging.getLogger(__name__)
@@ -334,8 +334,8 @@ class OutboxRelay:
         self._clock = clock
         self._chance = chance or random.Random()  # noqa: S311  # jitter, no secret
         self._locks = engine.dialect.name != "sqlite"
-        options = {"isolation_level": "READ COMMITTED"} if self._locks else {BEGIN: "BEGIN IMMEDIATE"}
-        self._writer = engine.execution_options(**options)
+        # Where rows are locked, what others have deleted meanwhile must be seen to be gone.
+        self._writer = engine.execution_options(isolation_level="READ COMMITTED") if self._locks else engine
         self._failures = 0
         self._not_before = 0.0  # on the clock's monotonic()
 
@@ -410,7 +410,7 @@ class OutboxRelay:
                     arrived()  # on SQLite not before the write lock is given back
                 gone = self._settle(connection, rows, outcome)
         else:
-            with self.engine.begin() as connection:
+            with self._writer.begin() as connection:
                 rows, taken = self._claim(connection, size, units)
             if not rows:
                 return taken, []
