@@ -968,4 +968,4 @@ def test_unknown_scope_of_problems_is_refused() -> None:
 
 def test_module_exports_what_it_says() -> None:
     """__all__ is the public surface."""
-    assert tta_sync.flask.__all__ == ["Problem", "TTASync"]
+    assert tta_sync.flask.__all__ == ["Problem", "TTASync", "remote_address"]

@@ -26,7 +26,7 @@ from tta_sync import events
 from tta_sync.context import current_context
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
 from tta_sync.facade import run_sync
-from tta_sync.flask import TTASync
+from tta_sync.flask import TTASync, remote_address
 from tta_sync.primitives.core.base import step
 from tta_sync.primitives.performance.stores import RedisBackend
 from tta_sync.primitives.performance.wire import LIMIT
@@ -270,16 +270,15 @@ def test_all_share_one_limit_when_the_key_is_none(site: Flask) -> None:
     assert [get(site, address=f"192.0.2.{n}").status_code for n in (1, 2)] == [200, 429]
 
 
-def test_remote_address_may_be_written_out_when_it_is_wanted(clock: FakeClock) -> None:
-    """key="remote_address" is the default."""
+def test_remote_address_is_part_of_a_key_when_it_is_wanted(clock: FakeClock) -> None:
+    """The default is a function like any other, and may be used in one's own."""
     site = make_site(clock)
-
-    @site.get("/")
-    @TTASync(site).rate_limit(0.01, 1, "remote_address")
-    def view() -> str:
-        return "done"
-
-    assert [get(site, address=a).status_code for a in ("192.0.2.1", "192.0.2.1", "192.0.2.2")] == [200, 429, 200]
+    tta = TTASync(site)
+    assert inspect.signature(tta.rate_limit).parameters["key"].default is remote_address
+    both = tta.rate_limit(0.01, key=lambda: (remote_address(), request.args["q"]))
+    site.add_url_rule("/", "view", both(lambda: "done"))
+    asked = [("/?q=1", "192.0.2.1"), ("/?q=1", "192.0.2.1"), ("/?q=2", "192.0.2.1"), ("/?q=1", "192.0.2.2")]
+    assert [get(site, path, address).status_code for path, address in asked] == [200, 429, 200, 200]
 
 
 def test_views_have_limits_of_their_own_unless_they_share_a_name(site: Flask) -> None:

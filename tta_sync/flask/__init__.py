@@ -27,5 +27,6 @@ TTA_REDIS_URL      REDIS_URL   where ``rate_limit`` and ``idempotent`` keep what
 
 from tta_sync.flask.extension import TTASync
 from tta_sync.flask.problems import Problem
+from tta_sync.flask.storage import remote_address
 
-__all__ = ["Problem", "TTASync"]
+__all__ = ["Problem", "TTASync", "remote_address"]

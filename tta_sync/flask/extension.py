@@ -18,7 +18,7 @@ from tta_sync.facade import async_to_sync, run_sync
 from tta_sync.flask.body import load as load_request
 from tta_sync.flask.problems import TABLE, Problem, Row, problem_of
 from tta_sync.flask.requests import RequestInfo, prepare_settings, request_context
-from tta_sync.flask.storage import Storage
+from tta_sync.flask.storage import Storage, remote_address
 from tta_sync.primitives.core.base import as_primitive, caller_step
 
 T = TypeVar("T")
@@ -302,7 +302,7 @@ class TTASync:
         self,
         rate: float,
         burst: int = 1,
-        key: Callable[..., Any] | Literal["remote_address"] | None = "remote_address",
+        key: Callable[..., Any] | None = remote_address,
         *,
         name: str | None = None,
         fail: Literal["local", "open", "closed"] = "local",
@@ -320,7 +320,7 @@ class TTASync:
             rate: requests per second; may be less than 1.
             burst: how many requests may come at once after a pause.
             key: a function of nothing, or of the request: a limit for each value it returns; None: one for all. By
-                default the client's address, of IPv6 its /64 network.
+                default :func:`remote_address`, the client's address, of IPv6 its /64 network.
             name: the limit's name; views that give the same one share it. By default the endpoint's.
             fail: what holds while Redis is down: "local", this process's share of the rate; "open", no limit;
                 "closed", 503. The first request that notices waits a tenth of a second, the next ones do not.
@@ -332,9 +332,9 @@ class TTASync:
 
         Source: GCRA, ITU-T I.371; draft-ietf-httpapi-ratelimit-headers-10.
         """
-        from tta_sync.flask.limits import RateLimit, remote_address
+        from tta_sync.flask.limits import RateLimit
 
-        made = (rate, burst, remote_address if key == "remote_address" else key, name, fail, workers, storage)
+        made = (rate, burst, key, name, fail, workers, storage)
         RateLimit(*made)  # refused here, at the line that says so
         return lambda view: RateLimit(*made).wrap(view, _answer)
 

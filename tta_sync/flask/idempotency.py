@@ -31,10 +31,9 @@ from tta_sync.exceptions import (
 )
 from tta_sync.facade import call_sync
 from tta_sync.flask.body import read_body
-from tta_sync.flask.limits import remote_address
 from tta_sync.flask.problems import Problem
 from tta_sync.flask.requests import RequestInfo
-from tta_sync.flask.storage import of_application, redis_url, supplier
+from tta_sync.flask.storage import of_application, redis_url, remote_address, supplier
 from tta_sync.primitives.performance.in_redis import from_sync, seam
 from tta_sync.primitives.performance.stores import Guard
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import ipaddress
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,24 +32,6 @@ from tta_sync.primitives.recovery.rate_limit import MAX_KEYS, Verdict, decide, e
 
 Fail = Literal["local", "open", "closed"]
 _MAX_INTEGER = 999_999_999_999_999  # of RFC 9651
-
-
-def remote_address() -> str:
-    """Return the client's address; of IPv6 the /64 network, which is the least that one subscriber has.
-
-    Behind a proxy this is the proxy, for every client: let ``werkzeug.middleware.proxy_fix.ProxyFix`` say whom to
-    believe.
-    """
-    given = request.remote_addr or ""
-    if ":" not in given:
-        return given
-    try:
-        address = ipaddress.IPv6Address(given.partition("%")[0])
-    except ValueError:
-        return given
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
 class LocalLimits(Guard):

@@ -56,8 +56,24 @@ def redis_url() -> str | None:
     return None
 
 
-Supplier = Callable[..., Any]
-"""A function of nothing or of the request: what tells one client from another."""
+def remote_address() -> str:
+    """Return the client's address; of IPv6 the /64 network, which is the least that one subscriber has.
+
+    Behind a proxy this is the proxy, for every client: let ``werkzeug.middleware.proxy_fix.ProxyFix`` say whom to
+    believe.
+    """
+    given = request.remote_addr or ""
+    if ":" not in given:
+        return given
+    import ipaddress
+
+    try:
+        address = ipaddress.IPv6Address(given.partition("%")[0])
+    except ValueError:
+        return given
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
 def supplier(name: str, function: Any) -> Callable[[], str]:
