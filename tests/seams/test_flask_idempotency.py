@@ -230,7 +230,14 @@ def test_client_s_mistake_is_replayed_when_it_is_repeated(site: Flask, status: i
     assert counter.done == 1
 
 
-@pytest.mark.parametrize("error", [LookupError("x"), SystemExit(3), "abort", "not a response"])
+class Broken(Response):
+    """A response whose body is not to be had."""
+
+    def get_data(self, as_text: bool = False) -> Any:
+        raise LookupError("no body")
+
+
+@pytest.mark.parametrize("error", [LookupError("x"), SystemExit(3), "abort", "not a response", "no body"])
 def test_key_is_free_again_when_the_view_raises(site: Flask, kind: str, error: Any) -> None:
     """Nothing is known to have been done; the error goes where it went before."""
     counter = serve(site, kind)
@@ -239,6 +246,8 @@ def test_key_is_free_again_when_the_view_raises(site: Flask, kind: str, error: A
     def fail() -> Any:
         if error == "abort":
             abort(404)
+        if error == "no body":
+            return Broken("x")
         if isinstance(error, BaseException):
             raise error
         return None  # of which Flask makes no response

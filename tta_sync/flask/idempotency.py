@@ -225,11 +225,12 @@ class Idempotency:
                     return await view(*args, **url)
                 try:
                     response = _response(await view(*args, **url))
+                    kept = self._kept(response)
                 except BaseException:
                     self._abandon_on_loop(claim)
                     raise
                 if _to_be_kept(response):
-                    await self._finish_on_loop(claim, response)
+                    await self._finish_on_loop(claim, kept)
                 else:
                     self._abandon_on_loop(claim)
                 return response
@@ -247,11 +248,12 @@ class Idempotency:
                     return view(*args, **url)
                 try:
                     response = _response(view(*args, **url))
+                    kept = self._kept(response)
                 except BaseException:
                     self._abandon(claim)
                     raise
                 if _to_be_kept(response):
-                    self._finish(claim, response)
+                    self._finish(claim, kept)
                 else:
                     self._abandon(claim)
                 return response
@@ -391,9 +393,8 @@ class Idempotency:
         except UnicodeDecodeError:
             return [response.status, headers, "base64", base64.b64encode(body).decode()]
 
-    def _finish(self, claim: Any, response: Response) -> None:
-        """Keep *response*; it is the client's, whatever happens to the store meanwhile."""
-        kept = self._kept(response)
+    def _finish(self, claim: Any, kept: list[Any] | None) -> None:
+        """Keep a response; it is the client's, whatever happens to the store meanwhile."""
         if isinstance(claim, LocalClaim):
             self._finish_locally(claim, kept)
             return
@@ -411,8 +412,7 @@ class Idempotency:
         except (TTASyncError, OSError) as error:
             _tell(error)
 
-    async def _finish_on_loop(self, claim: Any, response: Response) -> None:
-        kept = self._kept(response)
+    async def _finish_on_loop(self, claim: Any, kept: list[Any] | None) -> None:
         if isinstance(claim, LocalClaim):
             self._finish_locally(claim, kept)
             return
