@@ -209,6 +209,34 @@ def test_queued_caller_steps_never_start_when_the_deadline_has_passed(facade, wo
     assert started == ["slow"]
 
 
+def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_deadline(facade, in_thread, works):
+    """The same while the loop, which watches the clock, is blocked: the caller looks itself before each step."""
+    started, inside, release = [], threading.Event(), threading.Event()
+
+    async def turn():
+        while not inside.is_set():
+            await asyncio.sleep(0.002)
+        release.wait(20)  # on purpose: it blocks the loop
+
+    def slow():
+        started.append("slow")
+        inside.set()
+        time.sleep(0.2)
+
+    async def outer():
+        await asyncio.gather(run_on_caller(slow), run_on_caller(started.append, "queued"))
+
+    turning = in_thread(facade.call_sync, turn)
+    while not facade.in_flight():
+        time.sleep(0.001)
+    threading.Timer(0.4, release.set).start()
+    with pytest.raises(DeadlineExceededError):
+        facade.call_sync(outer, timeout=0.1)
+    turning.result(20)
+    works(facade)
+    assert started == ["slow"]
+
+
 # ------------------------------------------------------------------------------------------- orphans, blocked loops
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tta_sync.exceptions import LoopUnavailableError
+from tta_sync.runtime import driven as driven_module, loop as loop_module
 
 HEARD_WITHIN = 4.0
 
@@ -246,6 +247,77 @@ say("works")
     assert ended.said == ["works"]
 
 
+@pytest.fixture
+def looks_often(monkeypatch):
+    """Callers look after their calls every 50 ms, not every second."""
+    for module in (loop_module, driven_module):
+        monkeypatch.setattr(module, "LOOK_AGAIN", 0.05)
+
+
+class Struck(Exception):
+    """What is thrown into the loop thread."""
+
+
+@pytest.mark.parametrize("where", ["before it says so", "before it wakes the caller"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_caller_hears_when_an_exception_strikes_the_last_moment_of_its_call(
+    facade, looks_often, works, monkeypatch, where
+):
+    """Thrown into the loop thread as a call ends: its caller gets what it ended with, or the exception."""
+    works(facade)
+    kind = facade._loop.call_class
+    real, strikes = kind.finish, [1]
+
+    def finish(self, result, error):
+        if strikes and strikes.pop():
+            if where == "before it wakes the caller":
+                self.lock = Ringless(self.lock)
+            else:
+                raise Struck
+        real(self, result, error)
+
+    class Ringless:
+        def __init__(self, lock):
+            self.acquire = lock.acquire
+
+        def release(self):
+            raise Struck
+
+    async def answer():
+        return 42
+
+    monkeypatch.setattr(kind, "finish", finish)
+    begun = time.monotonic()
+    try:
+        assert facade.call_sync(answer) == 42
+    except Struck:
+        assert where == "before it says so"
+    assert time.monotonic() - begun < HEARD_WITHIN
+    works(facade)
+
+
+def test_caller_hears_when_an_exception_took_the_next_step_of_its_task(facade, options, looks_often, works):
+    """Thrown into the loop thread as asyncio takes a step from its queue: the caller gets the named error."""
+    if options.get("use_uvloop"):
+        pytest.skip("uvloop takes steps from its queue in C, where no exception can be thrown in between")
+
+    def steal(task):
+        loop = asyncio.get_running_loop()
+        for index, handle in enumerate(loop._ready):
+            if getattr(handle._callback, "__self__", None) is task:
+                loop._ready[index] = asyncio.Handle(int, (), loop)
+
+    async def victim():
+        asyncio.get_running_loop().call_soon(steal, asyncio.current_task())
+        await asyncio.sleep(0)
+
+    begun = time.monotonic()
+    with pytest.raises(LoopUnavailableError, match="thrown into the loop thread"):
+        facade.call_sync(victim)
+    assert time.monotonic() - begun < HEARD_WITHIN
+    works(facade)
+
+
 # ------------------------------------------------------------------------------------------- a loop beyond repair
 
 
@@ -293,7 +365,9 @@ def test_waiters_get_the_named_error_when_the_loop_breaks(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_next_call_works_and_nothing_leaks_when_the_loop_breaks_again_and_again(facade, break_loop, works, caplog):
+def test_next_call_works_and_nothing_leaks_when_the_loop_breaks_again_and_again(
+    facade, break_loop, works, caplog, eventually
+):
     """Fifteen deaths in a row: each time the very next call is answered; threads and descriptors stay flat."""
     caplog.set_level("CRITICAL")
 
@@ -307,6 +381,7 @@ def test_next_call_works_and_nothing_leaks_when_the_loop_breaks_again_and_again(
 
     for _ in range(3):
         once()
+    eventually(lambda: len([thread for thread in threading.enumerate() if thread.name.startswith("tta_sync-")]) >= 2)
     before = held()
     for _ in range(15):
         once()

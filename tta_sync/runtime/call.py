@@ -197,6 +197,10 @@ class Call:
         """Do the work that the loop has posted, in order. Caller's thread only."""
         work = self.work
         while work and self.why is None:
+            if self.deadline is not None and time.monotonic() >= self.deadline:  # the loop may be late to notice
+                self.why = DEADLINE
+                self.loop.post(self.loop.cancel, self)
+                break
             item = work.popleft()
             if not item.claim():
                 continue

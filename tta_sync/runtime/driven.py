@@ -27,7 +27,7 @@ from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
 from tta_sync.runtime.frames import OUTER_EDGE
-from tta_sync.runtime.loop import ManagedLoop, Totals
+from tta_sync.runtime.loop import LOOK_AGAIN, ManagedLoop, Totals
 from tta_sync.runtime.signals import HeldBack
 
 VACANCY = 0.01
@@ -65,9 +65,11 @@ class DrivenCall(Call):
             super().wake()
 
     def finish(self, result: Any, error: BaseException | None) -> None:
-        super().finish(result, error)
-        if self.loop.driver is self:
-            self.loop.loop.halt()
+        try:
+            super().finish(result, error)
+        finally:  # an exception thrown into this thread may strike in there
+            if self.loop.driver is self:
+                self.loop.loop.halt()
 
     def expire(self) -> None:
         super().expire()
@@ -93,8 +95,13 @@ class DrivenLoop(ManagedLoop):
         self._broken = False
         self._held_back: HeldBack | None = None
         self._watched = 0  # the thread that turned the loop last
+        self._watched_driver: Call | None = None
+        self._watched_since = 0.0
         self.driver: Call | None = None
         super().__init__(**options)
+
+    def _prepare(self) -> None:
+        super()._prepare()
         self._set_up()  # now, while nobody turns the loop
 
     def _new_loop(self, use_uvloop: bool) -> _Loop:
@@ -153,6 +160,7 @@ class DrivenLoop(ManagedLoop):
                 else:
                     self._standby.acquire(True, DOZE if self._dozing else POLL)
                 self._find_lost_baton()
+                self._have_driver_look()
                 vacant = time.monotonic() - self._vacant_since
                 if self.refusing or (vacant > VACANCY and self._has_business()):
                     mark = [native.get_ident()]
@@ -179,6 +187,15 @@ class DrivenLoop(ManagedLoop):
             self._suspect, self._suspect_since = holder, time.monotonic()
         elif time.monotonic() - self._suspect_since > 1.0:
             self._baton.pop("holder", None)
+
+    def _have_driver_look(self) -> None:
+        """Make a driver look after its call once in a while, as other callers do: whether it still has a task, say."""
+        driver, now = self.driver, time.monotonic()
+        if driver is not self._watched_driver:
+            self._watched_driver, self._watched_since = driver, now
+        elif driver is not None and now - self._watched_since > LOOK_AGAIN:
+            self._watched_since = now
+            self.post(driver.wake)
 
     def _has_business(self) -> bool:
         """Say whether the loop has anything to do without a caller: tasks, timers, more descriptors than its own."""

@@ -91,16 +91,20 @@ class ManagedLoop:
         self._queue: deque[Call] = deque()
         self._armed = False
         self._local = self._new_local()
-        self.loop = self._new_loop(use_uvloop)
         self.pool = DaemonPool(pool_size, "tta_sync-pool", self._spawn)
-        self.loop.set_default_executor(self.pool)
         self.resources = OpenResources()
         self.watchdog = Watchdog(self)
         self._bell = -1
         self._closing: asyncio.Task[None] | None = None
         self._ended = native.new_lock()
         self._unclaimed = [True]  # until a thread has taken it upon itself to turn the loop
-        _loops.append(self)
+        self.loop = self._new_loop(use_uvloop)  # last: from here on there is something to close
+        try:
+            self._prepare()
+            _loops.append(self)
+        except BaseException:  # a signal's; nobody else knows of this loop
+            self.loop.close()
+            raise
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -111,6 +115,9 @@ class ManagedLoop:
             loop: AbstractEventLoop = uvloop.new_event_loop()
             return loop
         return asyncio.new_event_loop()
+
+    def _prepare(self) -> None:
+        self.loop.set_default_executor(self.pool)
 
     def _new_local(self) -> Any:
         return threading.local()
@@ -440,7 +447,8 @@ class ManagedLoop:
             call.finish(None, self.gone())
             return 0.0
         wait = LOOK_AGAIN
-        if not call.began or (call.task is not None and call.task.done()):
+        task: Any = call.task
+        if not call.began or (task is not None and (task.done() or task._fut_waiter is None)):
             self.start()  # in case a signal struck before it was started
             self.post(self._recover, call)
             wait = FIRST_WAIT * 5
@@ -575,16 +583,19 @@ class ManagedLoop:
             else:
                 result = await call.fn(*call.args)
         except BaseException as error:
-            if isinstance(error, GeneratorExit) and (
-                not self.loop.is_running() or asyncio.current_task(self.loop) is not call.task
-            ):
-                # Not the coroutine's own: its task was dropped with a dead loop, and is being collected.
-                call.finish(None, self.gone())
+            if isinstance(error, GeneratorExit) and not self._runs(call):
+                # Not the coroutine's own: its task was dropped, with a dead loop for example, and is being collected.
+                if not call.done:
+                    call.finish(None, self.gone())
                 raise
             forget_earlier_raises(error, BOUNDARIES, DETOURS)
             call.finish(None, error)
         else:
             call.finish(result, None)
+
+    def _runs(self, call: Call) -> bool:
+        running = asyncio.current_task(self.loop) if self.loop.is_running() else None
+        return running is not None and running is call.task
 
     def _recover(self, call: Call) -> None:
         """Find a call that was lost on its way. Loop thread only."""
@@ -597,6 +608,22 @@ class ManagedLoop:
         elif call.task.done():  # cancelled before its first step, so that _carry never ran; or struck in its last lines
             error = None if call.task.cancelled() else call.task.exception()
             call.finish(None, error or asyncio.CancelledError())
+        elif self._has_lost_its_step(call.task):
+            call.task._log_destroy_pending = False  # type: ignore[attr-defined]  # its caller is told
+            call.finish(None, LoopUnavailableError("an exception thrown into the loop thread has cut this call off"))
+
+    def _has_lost_its_step(self, task: asyncio.Task[Any]) -> bool:
+        """Say whether *task* will never go on. Loop thread only.
+
+        An exception thrown into the loop thread may strike where asyncio queues a task's next step, or between taking
+        it from the queue and running it.
+        """
+        ready = getattr(self.loop, "_ready", None)
+        if ready is None:
+            return False  # uvloop: no Python code there for an exception to strike
+        if task._fut_waiter is not None or task is asyncio.current_task(self.loop):  # type: ignore[attr-defined]
+            return False
+        return all(getattr(handle._callback, "__self__", None) is not task for handle in ready)
 
     def cancel(self, call: Call) -> None:
         """Give *call* up, whatever state it is in. Loop thread only."""
