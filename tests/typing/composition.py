@@ -1,6 +1,7 @@
 # ruff: noqa: F821  # reveal_type is the checkers' own
 """Checked, never run: each reveal_type stands above the type that it must reveal."""
 
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,14 @@ from tta_sync.primitives import (
     ConditionalPrimitive,
     FallbackPrimitive,
     HedgePrimitive,
+    InstrumentedPrimitive,
     MapPrimitive,
     ParallelPrimitive,
     RateLimitPrimitive,
     RetryPrimitive,
     RouterPrimitive,
     SequentialPrimitive,
+    StreamingPrimitive,
     SwitchPrimitive,
     TimeoutPrimitive,
     WorkflowPrimitive,
@@ -76,6 +79,25 @@ class Zero(WorkflowPrimitive[str, int]):
         return 0
 
 
+class Words(StreamingPrimitive[str, str]):
+    async def stream(self, data: str, context: WorkflowContext) -> AsyncIterator[str]:
+        yield data
+
+
+class Measured(InstrumentedPrimitive[int, str]):
+    async def _execute_impl(self, data: int, context: WorkflowContext) -> str:
+        return str(data)
+
+
+@step
+async def pages(data: str) -> AsyncIterator[int]:
+    return numbers()
+
+
+async def numbers() -> AsyncIterator[int]:
+    yield 1
+
+
 class Foreign:
     async def execute(self, data: Any, context: Any) -> Any:
         return data
@@ -123,6 +145,12 @@ async def check(context: WorkflowContext) -> None:
     reveal_type(CachePrimitive(parse, ttl=60))  # CachePrimitive[str, int]
     reveal_type(CachePrimitive(ttl=60) >> parse)  # SequentialPrimitive[Any, int]
     reveal_type(RetryPrimitive(double))  # RetryPrimitive[Any, Any]
+    reveal_type(Words() >> MapPrimitive(parse))  # SequentialPrimitive[str, list[int]]
+    reveal_type(pages >> MapPrimitive(half))  # SequentialPrimitive[str, list[float]]
+    reveal_type(parse >> Measured())  # SequentialPrimitive[str, str]
+    reveal_type(await Words().execute("a b", context))  # list[str]
+    reveal_type(TimeoutPrimitive(parse, 1.0, fallback=Zero()))  # TimeoutPrimitive[str, int]
+    Words() >> half  # error
     reveal_type(save)  # SessionPrimitive[int, bytes]
     reveal_type(find)  # SessionPrimitive[bytes, list[str]]
     reveal_type(parse >> save >> find)  # SequentialPrimitive[str, list[str]]
