@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from typing import Any
 
@@ -27,7 +28,7 @@ from tta_sync.primitives.core.conditional import ConditionalPrimitive
 from tta_sync.primitives.core.mapping import MapPrimitive
 from tta_sync.primitives.core.parallel import ParallelPrimitive
 from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
-from tta_sync.primitives.recovery import SagaPrimitive
+from tta_sync.primitives.recovery import RetryPrimitive, SagaPrimitive, TimeoutPrimitive
 
 a, b, c = (step(lambda data: data, name=name) for name in "abc")
 
@@ -104,6 +105,7 @@ def test_users_own_attributes_do_no_harm_when_they_have_our_names() -> None:
 
         def __init__(self) -> None:
             self.children = ["Ada", "Grace"]  # type: ignore[assignment]
+            self.strategy = "saga"
 
         async def execute(self, data: Any, context: WorkflowContext) -> Any:
             return data
@@ -119,6 +121,7 @@ def test_users_own_attributes_do_no_harm_when_they_have_our_names() -> None:
             return "a garden"
 
     family = Family()
+    assert asyncio.run(TimeoutPrimitive(RetryPrimitive(family), 30.0).execute("x")) == "x"
     house = House.__new__(House)
     for own in (family, house):
         assert children_of(own) == ()

@@ -17,7 +17,7 @@ def call_name(step: WorkflowPrimitive[Any, Any]) -> str:
 def _called(step: WorkflowPrimitive[Any, Any]) -> WorkflowPrimitive[Any, Any]:
     while not step.name:
         parts = children_of(step)
-        if not parts or (len(parts) > 1 and step.strategy not in ("fallback", "timeout")):
+        if not parts or (len(parts) > 1 and type(step).strategy not in ("fallback", "timeout")):
             break
         step = parts[0]
     return step

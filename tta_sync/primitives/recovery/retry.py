@@ -276,7 +276,7 @@ def replayable(step: WorkflowPrimitive[Any, Any]) -> str:
         return verdicts[0]
     if isinstance(step, SequentialPrimitive) and all(verdict is ANY for verdict in verdicts[:-1]):
         return verdicts[-1]
-    if step.strategy == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
+    if type(step).strategy == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
         return verdicts[0]  # what comes out is the primary's error
     return NEVER
 

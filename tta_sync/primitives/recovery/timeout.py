@@ -280,9 +280,9 @@ def _cut_with(step: WorkflowPrimitive[Any, Any]) -> list[WorkflowPrimitive[Any, 
     seen = {id(step)}
     for part in found:  # grows meanwhile
         parts = children_of(part)
-        if part.strategy == "cache" or any(map(is_unbound, parts)):
+        if type(part).strategy == "cache" or any(map(is_unbound, parts)):
             parts = ()
-        elif part.strategy == "saga":
+        elif type(part).strategy == "saga":
             parts = tuple(forward for forward, _ in part.steps)  # type: ignore[attr-defined]  # a SagaPrimitive
         for inner in parts:
             if id(inner) not in seen:
