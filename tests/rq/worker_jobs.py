@@ -311,14 +311,17 @@ def effects() -> Redis:
     return lasting(os.environ.get("EFFECTS_URL") or os.environ["REDIS_URL"])
 
 
+# Of one piece, as a transaction with a unique key is: the process may be killed at any point.
+_IF_FIRST = "if redis.call('SADD', KEYS[1], ARGV[1]) == 1 then redis.call('HINCRBY', KEYS[2], ARGV[1], 1) end"
+
+
 @workflow_job("default", idempotent=True)
 async def act_once(data: dict[str, Any], context: WorkflowContext) -> None:
     """A side effect that its key makes happen once, however often the job runs."""
     client = effects()
     client.hincrby("runs", data["key"], 1)
     await asyncio.sleep(data["ms"] / 1000)
-    if client.hsetnx("done", data["key"], "1"):
-        client.hincrby("effects", data["key"], 1)
+    client.eval(_IF_FIRST, 2, "done", "effects", data["key"])
 
 
 async def act(key: str, ms: int = 0) -> str:

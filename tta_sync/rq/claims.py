@@ -198,6 +198,42 @@ return alive
 """
 
 
+# Redis was restarted, and has forgotten its last second (AOF) or what its replica had not heard: what is queued again
+# though it was claimed, and was not enqueued anew, is taken back.
+_REASSERT = """
+local answers = {}
+local now, iso, ttl, worker = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+for i = 5, #ARGV, 5 do
+  local id, execution, queue, running, enqueued_at = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  local both = id .. ':' .. execution
+  local execution_key, job_key, executions = 'rq:execution:' .. both, 'rq:job:' .. id, 'rq:executions:' .. id
+  local answer = redis.call('EXISTS', execution_key)
+  if answer == 0 then
+    local known = redis.call('HMGET', job_key, 'status', 'enqueued_at')
+    if known[1] == 'queued' and known[2] == enqueued_at and redis.call('LREM', 'rq:queue:' .. queue, 1, id) == 1 then
+      answer = 2
+      redis.call('HSET', execution_key, 'id', execution, 'created_at', now, 'last_heartbeat', now,
+        'worker_name', worker)
+      redis.call('EXPIRE', execution_key, ttl)
+      redis.call('ZADD', executions, now + ttl + 60, execution)
+      redis.call('EXPIRE', executions, ttl + 60)
+      redis.call('ZADD', 'rq:wip:' .. queue, now + ttl, both)
+      redis.call('HSET', job_key, 'status', 'started', 'worker_name', worker, 'started_at', iso, 'last_heartbeat', iso)
+      redis.call('PERSIST', job_key)
+      if running ~= '' then
+        redis.call('ZADD', running, now + ttl, both)
+        redis.call('EXPIRE', running, ttl + 60)
+      end
+    end
+  end
+  answers[#answers + 1] = answer
+end
+return answers
+"""
+
+MISSING, THERE, TAKEN_BACK = range(3)
+
+
 @dataclass(slots=True)
 class Claimed:
     """One job that is ours from now on, as Redis has it."""
@@ -237,6 +273,7 @@ class Claims:
         self._limits = limits
         self._claim = connection.register_script(_CLAIM)
         self._hold = connection.register_script(_HOLD)
+        self._reassert = connection.register_script(_REASSERT)
         self._number = 0
         self._asked: tuple[list[Queue], int] = [], 0
         self.unanswered = False
@@ -296,6 +333,22 @@ class Claims:
         flat = [part or "" for entry in held for part in entry]
         alive: Any = self._hold(args=[moment.timestamp(), utcformat(moment), ABANDONED_AFTER, *flat])
         return [bool(one) for one in alive]
+
+    def reassert(self, held: Sequence[tuple[str, str, str, str | None, str]]) -> list[int]:
+        """Take back what a Redis that was restarted has queued again; what else there is stays as it is.
+
+        Job id, execution id, queue, key of a shared limit, and when it was enqueued. Return of each whether it is
+        MISSING, THERE or TAKEN_BACK.
+
+        Raises:
+            redis.exceptions.RedisError: to be called again.
+        """
+        moment = now()
+        flat = [part or "" for entry in held for part in entry]
+        answers: Any = self._reassert(
+            args=[moment.timestamp(), utcformat(moment), ABANDONED_AFTER, self._worker, *flat]
+        )
+        return [int(one) for one in answers]
 
 
 def _text(value: bytes) -> str:

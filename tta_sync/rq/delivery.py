@@ -24,7 +24,7 @@ from rq.job import Job, JobStatus, Retry
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
-from rq.utils import now
+from rq.utils import now, utcformat
 
 from tta_sync.context import WorkflowContext, current_caller
 from tta_sync.exceptions import DeadlineExceededError
@@ -62,6 +62,7 @@ class Delivery:
         "context",
         "counts",
         "definition",
+        "enqueued_at",
         "error",
         "exc_string",
         "execution",
@@ -92,6 +93,7 @@ class Delivery:
         self.queue = queue
         self.number = number  # in order of claiming
         self.counts = job.retries_left, job.repeats_left, job.number_of_retries  # writing an end changes them
+        self.enqueued_at = utcformat(job.enqueued_at) if job.enqueued_at is not None else ""  # and so is this
         self.fn: Any = None  # a function, or a workflow; None while its module has not been imported
         self.definition: Any = None  # of a workflow_job
         self.context: WorkflowContext | None = None

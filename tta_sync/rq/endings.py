@@ -13,7 +13,12 @@ from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+    RedisError,
+    TimeoutError as RedisTimeoutError,
+    WatchError,
+)
 from rq.defaults import DEFAULT_FAILURE_TTL
 from rq.job import Job, JobStatus
 from rq.queue import Queue
@@ -29,6 +34,7 @@ from tta_sync.rq.progress import flush
 
 logger = logging.getLogger("rq.worker")
 
+_UNHEARD = RedisConnectionError, RedisTimeoutError
 _ATTEMPTS = 20  # at a transaction that others keep touching, before the next job has its turn
 
 
@@ -63,6 +69,11 @@ def fail_barely(job: Job, exc_string: str, pipe: Pipeline, **told: Any) -> None:
     Result.create_failure(job, ttl, exc_string, pipeline=pipe, **told)
     if ttl > 0:
         pipe.expire(job.key, ttl)
+
+
+def _is_no_answer(error: RedisError) -> bool:
+    """Say whether a transaction may have happened all the same: a lost connection comes as a WatchError, too."""
+    return not isinstance(error, WatchError) or isinstance(error.__context__, _UNHEARD)
 
 
 class Endings:
@@ -131,11 +142,11 @@ class Endings:
                 return False  # one of them is at fault, and will be found
             try:
                 pipe.execute()
-            except WatchError:  # dependents came, or somebody has recovered one of them
-                return False
-            except RedisError:
+            except RedisError as error:
                 for delivery in deliveries:
-                    delivery.unanswered = True
+                    delivery.unanswered = delivery.unanswered or _is_no_answer(error)
+                if isinstance(error, WatchError):  # dependents came, or somebody has recovered one of them
+                    return False
                 raise
         return True
 
@@ -186,10 +197,10 @@ class Endings:
                         spoilt = True
                         continue
                     pipe.execute()
-                except WatchError:
-                    continue
-                except RedisError:
-                    delivery.unanswered = True
+                except RedisError as error:
+                    delivery.unanswered = delivery.unanswered or _is_no_answer(error)
+                    if isinstance(error, WatchError):
+                        continue
                     raise
             return True
         return False

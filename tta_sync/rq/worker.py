@@ -37,7 +37,7 @@ from rq.worker import DequeueStrategy, WorkerStatus
 
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.facade import default_facade
-from tta_sync.rq.claims import WORKERS, Claimed, Claims, lease_key
+from tta_sync.rq.claims import MISSING, WORKERS, Claimed, Claims, lease_key
 from tta_sync.rq.control import JobCancelledError, applies, cancel_key
 from tta_sync.rq.delivery import DRAINED, ENDED, LOST, STOPPED, Delivery, Runner, WorkerStoppedError, imported
 from tta_sync.rq.endings import Endings
@@ -53,6 +53,9 @@ _CANCEL_POLL = 0.25  # seconds
 _LINGER = 0.002  # seconds; a moment's patience makes larger batches
 _SOCKET_TIMEOUT = 5.0  # seconds
 _EXIT_STALLED = 70  # os.EX_SOFTWARE
+_RETRY_AFTER = 1.0  # seconds between two tries to reach Redis, at most
+_REMEMBERED = 3.0  # seconds for which an end is remembered that a Redis that crashes may forget
+_REMEMBERED_AT_MOST = 4000
 _LOOK = 1.0  # seconds between two looks at the loop
 
 __all__ = ["AsyncWorker", "PickleRefusedError", "Settings", "WorkerStoppedError"]
@@ -197,6 +200,11 @@ class AsyncWorker(SimpleWorker):
 
     job_class = WorkflowJob
 
+    # Asked for while RQ's own __init__ runs.
+    _in_doubt = True  # whether Redis has been away since its id was seen
+    _redis_id: str | None = None
+    _main_thread = 0, 0  # process and thread
+
     def __init__(self, queues: Any, *args: Any, **options: Any) -> None:
         self.settings = Settings()
         if options.get("prepare_for_work", True):
@@ -224,6 +232,8 @@ class AsyncWorker(SimpleWorker):
         self._exhausted = False
         self._exit_status = 0
         self._messenger = _Messenger()
+        self._recent: deque[tuple[float, Delivery]] = deque()  # written a moment ago
+        self._claim_after = 0.0
 
     # ---- how it is made
 
@@ -234,12 +244,26 @@ class AsyncWorker(SimpleWorker):
         settings = {
             **pool.connection_kwargs,
             "socket_keepalive": True,
+            "redis_connect_func": self._greet,
             "socket_timeout": _SOCKET_TIMEOUT,
             "socket_connect_timeout": _SOCKET_TIMEOUT,
             # What may be said twice is said again by us; what may not is not said twice.
             "retry": RedisRetry(NoBackoff(), 0),
         }
         return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **settings))
+
+    def _greet(self, connection: Any) -> None:
+        """Begin a new connection; on the main thread only if it leads to the Redis that we knew.
+
+        Between two commands Redis may be killed and be there again, and no command fails for it.
+        """
+        connection.on_connect()
+        if self._in_doubt or not self._redis_id or (os.getpid(), threading.get_ident()) != self._main_thread:
+            return
+        connection.send_command("INFO", "server")
+        if self._redis_id.encode() not in connection.read_response():
+            self._in_doubt = True
+            raise redis.exceptions.ConnectionError("it is another one, or was restarted")
 
     def _queue(self, name: str, timeout: int | None = None) -> Queue:
         return self.queue_class(
@@ -375,6 +399,7 @@ class AsyncWorker(SimpleWorker):
         if not self._runner.ready.wait(30) or self._loop_error is not None:
             raise SystemExit(f"Worker {self.name}: the loop did not start: {self._loop_error}")
         self._doormen = [_Doorman(self.connection, queue, self._ring) for queue in self.queues[:_DOORMEN]]
+        self._main_thread = os.getpid(), threading.get_ident()
         self._due = dict.fromkeys(("beat", "recover", "jobs", "cancel", "maintain"), 0.0)
         self._alive_before = False
         try:
@@ -407,6 +432,8 @@ class AsyncWorker(SimpleWorker):
         while not self._stop_requested:
             try:
                 self._look_after_loop()
+                if self._in_doubt:
+                    self._meet_redis()
                 self._write()
                 self._do_what_is_due()
                 room = self.settings.concurrency - len(self._in_flight)
@@ -414,15 +441,16 @@ class AsyncWorker(SimpleWorker):
                     room = min(room, max_jobs - self._number)
                 suspended = held_back = False
                 claimed = 0
-                if room > 0 or self._claims.unanswered:
+                if (room > 0 or self._claims.unanswered) and time.monotonic() >= self._claim_after:
                     claimed, suspended, held_back = self._claim(room)
                 trouble = 0.0
             except redis.exceptions.RedisError as error:  # a full or read-only one's refusal too
-                trouble = min(5.0, self.settings.recovery / 3, max(0.25, trouble * 2))
+                self._in_doubt = True
+                trouble = min(_RETRY_AFTER, self.settings.recovery / 3, max(0.25, trouble * 2))
                 self.log.error("Worker %s: Redis: %s; trying again in %.2g s", self.name, error, trouble)
                 self._wait_out(trouble)
                 continue
-            if self._in_flight or claimed:
+            if self._in_flight or claimed or time.monotonic() < self._claim_after:
                 idle_since = time.monotonic()
             elif self._is_over(burst, max_jobs, max_idle_time, idle_since, suspended):
                 return
@@ -453,7 +481,7 @@ class AsyncWorker(SimpleWorker):
             time.sleep(_LINGER)
             return
         wait = min(_LOOK, min(self._due.values()) - time.monotonic())
-        if self._claims.unanswered or self._unwritten:
+        if self._claims.unanswered or self._unwritten or self._claim_after > time.monotonic():
             wait = min(wait, 0.05)
         elif room and look_again:
             wait = min(wait, 0.1)  # what keeps jobs in their queues rings no bell
@@ -587,7 +615,44 @@ class AsyncWorker(SimpleWorker):
         finally:
             self._unwritten = [one for one in self._unwritten if one.execution.id in self._in_flight]
 
+    def _meet_redis(self) -> None:
+        """Find out whether this is the Redis that we knew; if not, tell it what it may have forgotten.
+
+        With AOF it forgets up to two seconds when it is killed, and so does a replica that takes over.
+        """
+        try:
+            redis_id = str(self.connection.info("server").get("run_id", ""))
+        except redis.exceptions.ResponseError:
+            redis_id = ""  # some who offer Redis do not allow that: it is told each time
+        knew, self._redis_id = self._redis_id, redis_id
+        if knew is not None and (knew != redis_id or not redis_id):
+            # Before anybody claims, all workers take back what is theirs.
+            self._claim_after = time.monotonic() + _RETRY_AFTER + 0.25 if redis_id else 0.0
+            self._remind_redis()
+        self._in_doubt = False
+
+    def _remind_redis(self) -> None:
+        held = [one for one in self._in_flight.values() if one.why != LOST]
+        written = [one for _, one in self._recent if one.execution.id not in self._in_flight]
+        both = held + written
+        for begin in range(0, len(both), 1000):
+            part = both[begin : begin + 1000]
+            answers = self._claims.reassert(
+                [(one.job.id, one.execution.id, one.queue.name, one.running_key, one.enqueued_at) for one in part]
+            )
+            for delivery, answer in zip(part, answers, strict=True):
+                if answer != MISSING and delivery.execution.id not in self._in_flight:
+                    self.log.warning("Worker %s: Redis has forgotten the end of job %s", self.name, delivery.job.id)
+                    delivery.job.webhooks = []  # they have been told
+                    self._in_flight[delivery.execution.id] = delivery
+                    self._unwritten.append(delivery)
+
     def _written(self, delivery: Delivery) -> None:
+        moment = time.monotonic()
+        if delivery.why != LOST:
+            self._recent.append((moment, delivery))
+        while self._recent and (len(self._recent) > _REMEMBERED_AT_MOST or moment - self._recent[0][0] > _REMEMBERED):
+            self._recent.popleft()
         self._in_flight.pop(delivery.execution.id, None)
         self._log_end(delivery)
         if delivery.job.webhooks and delivery.webhook is not None:
@@ -752,6 +817,8 @@ class AsyncWorker(SimpleWorker):
         while True:
             try:
                 self._look_after_loop()
+                if self._in_doubt:
+                    self._meet_redis()
                 if self._claims.unanswered:
                     self._put_back_unheard()
                 self._write()
@@ -766,6 +833,7 @@ class AsyncWorker(SimpleWorker):
                     self._hear_cancels()
                     self._due["cancel"] = moment + _CANCEL_POLL
             except redis.exceptions.RedisError as error:
+                self._in_doubt = True
                 self.log.error("Worker %s: Redis: %s", self.name, error)
                 time.sleep(0.1)
             remaining = end - time.monotonic()
