@@ -76,7 +76,7 @@ def test_thread_that_nobody_waits_for_is_counted_and_named(
 
 
 def test_abandoned_threads_are_never_more_than_the_pool_has(gate: Gate, facade: SyncFacade) -> None:
-    """They keep their places: what waits for one is cut in time, and then never begins."""
+    """They keep their places: what waits for one is cut in time, is told why, and then never begins."""
     flow = TimeoutPrimitive(thread_step(gate.pass_through, name="write"), 0.05)
     before = threading.active_count()
     number = 0
@@ -84,6 +84,8 @@ def test_abandoned_threads_are_never_more_than_the_pool_has(gate: Gate, facade: 
         with pytest.raises(StepTimeoutError):
             facade.run_sync(flow, number)
         number += 1
+    with pytest.raises(StepTimeoutError, match="2 threads of the pool are held by steps that nobody waits for"):
+        facade.run_sync(flow, number)
     assert len(abandoned) == 2
     assert facade.stats().orphans == 2
     assert threading.active_count() <= before + 2 + 2  # the pool's, the loop's, and its watchdog's

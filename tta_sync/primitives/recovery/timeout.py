@@ -22,6 +22,7 @@ from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepT
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition, children_of, inside, is_unbound
 from tta_sync.primitives.core.options import is_number
+from tta_sync.primitives.core.threads import abandoned
 from tta_sync.primitives.recovery.naming import call_name
 
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
@@ -249,6 +250,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             details.append(f"it swallowed its cancellation for {GRACE:g} s and was left behind, still running")
         if self._in_thread:
             details.append("a thread cannot be interrupted: what it has begun there runs on")
+            if abandoned:
+                details.append(f"{len(abandoned)} threads of the pool are held by steps that nobody waits for")
         return StepTimeoutError(name, self.timeout_seconds, "; ".join(details))
 
     def _fell_back(
