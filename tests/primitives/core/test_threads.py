@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -84,7 +85,7 @@ def test_abandoned_threads_are_never_more_than_the_pool_has(gate: Gate, facade: 
         with pytest.raises(StepTimeoutError):
             facade.run_sync(flow, number)
         number += 1
-    with pytest.raises(StepTimeoutError, match="2 threads of the pool are held by steps that nobody waits for"):
+    with pytest.raises(StepTimeoutError, match="threads held by steps that nobody waits for: 2"):
         facade.run_sync(flow, number)
     assert len(abandoned) == 2
     assert facade.stats().orphans == 2
@@ -143,3 +144,17 @@ def test_step_without_python_code_is_named_without_a_line(
     lock.release()
     eventually(lambda: not abandoned, what="the end of the thread")
     assert "it stands at an unknown place" in caplog.text
+
+
+def test_step_on_a_thread_that_cannot_be_found_is_named_with_its_first_line(
+    gate: Gate, facade: SyncFacade, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under gevent a thread's frames go by another number."""
+    monkeypatch.setattr(sys, "_current_frames", dict)
+    flow = TimeoutPrimitive(thread_step(gate.pass_through), 0.05)
+    with caplog.at_level(logging.WARNING, "tta_sync"):
+        while not gate.came:
+            with pytest.raises(StepTimeoutError):
+                facade.run_sync(flow, 1)
+    first_line = Gate.pass_through.__code__.co_firstlineno
+    assert f"it stands at {__file__}:{first_line}" in caplog.text

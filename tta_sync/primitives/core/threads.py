@@ -61,10 +61,11 @@ class Errand:
             events.bus.emit(events.CallOrphaned(step=self._name, reason=reason, age=time.monotonic() - self._began))
 
     def _where(self) -> str:
-        """Return ``file:line`` of the user's function on the thread."""
-        frame = sys._current_frames().get(self._thread)
-        while frame is not None:
-            if frame.f_code is self._user_code:
-                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        """Return ``file:line`` where the user's function stands; where it begins, if the thread cannot be found."""
+        code = self._user_code
+        if code is None:
+            return "an unknown place"
+        frame = sys._current_frames().get(self._thread)  # gevent's threads go by other numbers
+        while frame is not None and frame.f_code is not code:
             frame = frame.f_back
-        return "an unknown place"
+        return f"{code.co_filename}:{code.co_firstlineno if frame is None else frame.f_lineno}"

@@ -251,7 +251,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         if self._in_thread:
             details.append("a thread cannot be interrupted: what it has begun there runs on")
             if abandoned:
-                details.append(f"{len(abandoned)} threads of the pool are held by steps that nobody waits for")
+                details.append(f"threads held by steps that nobody waits for: {len(abandoned)}")
         return StepTimeoutError(name, self.timeout_seconds, "; ".join(details))
 
     def _fell_back(
