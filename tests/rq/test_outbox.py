@@ -238,6 +238,30 @@ def test_job_is_there_when_the_commit_returns_unless_something_is_slow(
     eventually(lambda: not waiting(engine))
 
 
+def test_commit_does_not_wait_for_the_deletion_of_rows_that_are_in_nobodys_way(
+    postgres_url: str, client: Redis, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """On PostgreSQL, where no other writer is held up by it, the job is there and the commit returns."""
+    monkeypatch.setattr(courier, "PATIENCE", 60.0)
+    engine = create_engine(postgres_url)
+    create_outbox(engine)
+    gate, settle = threading.Event(), OutboxRelay._settle
+
+    def slowly(*arguments: Any) -> Any:
+        assert gate.wait(60)
+        return settle(*arguments)
+
+    monkeypatch.setattr(OutboxRelay, "_settle", slowly)
+    with unit_of_work(engine):
+        job_id = anything.enqueue_on_commit(1)
+    assert queued(client) == [job_id]
+    assert waiting(engine) == 1
+    gate.set()
+    eventually(lambda: not courier._courier._desks)
+    assert waiting(engine) == 0
+    engine.dispose()
+
+
 def test_large_transaction_is_delivered_as_a_whole_when_it_commits(
     work: UnitOfWork, engine: sa.Engine, client: Redis, eventually: Eventually
 ) -> None:

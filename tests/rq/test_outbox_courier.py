@@ -143,17 +143,18 @@ def test_courier_tries_again_when_nobody_has_answered(own: Courier, relay: Relay
     assert relay.units == [f"u{number}" for number in range(5)]
 
 
-def test_commits_do_not_wait_while_nobody_answers(own: Courier, relay: Relay, eventually: Eventually) -> None:
+def test_commits_do_not_wait_while_nobody_answers(
+    own: Courier, relay: Relay, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An outage is waited for by the courier, not by requests."""
     relay.down = True
     own.hand_over("key", lambda: relay, "u0")
     eventually(lambda: own._desks["key"].resumes_at > 0)
     with own._changed:
         own._desks["key"].resumes_at = time.monotonic() + 1000
-    began = time.monotonic()
+    monkeypatch.setattr(courier, "PATIENCE", 1000.0)
     for number in range(100):
         own.hand_over("key", lambda: relay, f"v{number}")
-    assert time.monotonic() - began < courier.PATIENCE * 50
 
 
 def test_commit_on_a_loop_does_not_wait(own: Courier, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
