@@ -5,6 +5,7 @@ TTASyncError
  ├ LoopUnavailableError (RuntimeError)     shut down, or called from the loop thread / inside a running loop
  ├ NoCallerError (RuntimeError)            a caller step with nobody waiting in run_sync
  ├ SaturatedError (RuntimeError)           max_in_flight reached                       .retry_after
+ ├ JobCancelledError                       somebody asked for the job's end            .job_id
  └ WorkflowError
     ├ StepTimeoutError (TimeoutError)      one step's own limit                        .step .timeout
     ├ DeadlineExceededError (TimeoutError) the whole call's                            .deadline
@@ -32,6 +33,7 @@ __all__ = [
     "DeadlineExceededError",
     "IdempotencyConflictError",
     "IdempotencyMismatchError",
+    "JobCancelledError",
     "LoopUnavailableError",
     "NoCallerError",
     "NoRouteError",
@@ -70,6 +72,17 @@ class SaturatedError(TTASyncError, RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.limit} calls are in flight, which is the limit; try again in {self.retry_after:g} s"
+
+
+class JobCancelledError(TTASyncError):
+    """A running job was cancelled because somebody asked for it; it ends as RQ's ``stopped`` and is not retried."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} was cancelled by request"
 
 
 class WorkflowError(TTASyncError):
