@@ -8,6 +8,7 @@ import gc
 import heapq
 import inspect
 import itertools
+import logging
 import math
 import threading
 import types
@@ -623,11 +624,10 @@ def leave_behind(orphan: asyncio.Task[Any], coroutine: Any) -> None:
     orphans.add(orphan)
     orphan.add_done_callback(_orphan_ended)
     count = getattr(current_caller.get(), "step_left_behind", None)
-    if count is not None:
-        count()
+    level = logging.DEBUG if count is not None and count() == "quietly" else logging.WARNING
     reason = f"it swallowed its cancellation for {GRACE:g} s"
     name, place = _where(coroutine)
-    events.logger.warning("%s runs on as an orphan: %s; it stands at %s", name, reason, place)
+    events.logger.log(level, "%s runs on as an orphan: %s; it stands at %s", name, reason, place)
     if events.bus.emit is not None:
         events.bus.emit(events.CallOrphaned(step=name, reason=reason, age=GRACE))
 
