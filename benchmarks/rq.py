@@ -1,8 +1,9 @@
 """Jobs a second on RQ's data model, beside RQ's own workers and arq, in one run: ``make bench ARGS=rq``.
 
 Async jobs that sleep for 20 ms, and jobs that do nothing, on a redis-server of the run's own. Each worker is a process
-that works a full queue off; what is measured is from its first look at the queue to its end. arq needs an older redis-py
-than we do, so it gets a virtual environment of its own beside the run; where that cannot be made it is left out.
+that works a full queue off; what is measured is from its first look at the queue to its end. arq needs an older
+redis-py than we do, so it gets a virtual environment of its own beside the run; where that cannot be made it is left
+out.
 """
 
 from __future__ import annotations
