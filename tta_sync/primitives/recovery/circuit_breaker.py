@@ -182,6 +182,10 @@ class CountWindow:
         else:
             marks.append(0)
 
+    def add_good(self, now: float) -> None:
+        """Count a call that was neither failed nor slow."""
+        self.add(False, False, now)
+
     @property
     def settled(self) -> bool:
         """Whether the window is full of good calls, so that one more of them changes nothing."""
@@ -213,7 +217,7 @@ class TimeWindow:
         """Count a call, and forget what has grown too old."""
         if now >= self._turns_at:
             self._turn(now)
-        bucket = self._buckets[self._newest % BUCKETS]
+        bucket = self._bucket
         bucket[0] += 1
         self.calls += 1
         if failed or slow:
@@ -221,6 +225,13 @@ class TimeWindow:
             bucket[2] += slow
             self.failures += failed
             self.slow += slow
+
+    def add_good(self, now: float) -> None:
+        """Count a call that was neither failed nor slow."""
+        if now >= self._turns_at:
+            self._turn(now)
+        self._bucket[0] += 1
+        self.calls += 1
 
     def _turn(self, now: float) -> None:
         number = int(now // self._width)
@@ -231,11 +242,13 @@ class TimeWindow:
             self.slow -= bucket[2]
             bucket[:] = (0, 0, 0)
         self._newest = max(self._newest, number)
+        self._bucket = self._buckets[self._newest % BUCKETS]
         self._turns_at = (self._newest + 1) * self._width
 
     def clear(self) -> None:
         """Forget all calls."""
         self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]
+        self._bucket = self._buckets[self._newest % BUCKETS]  # the newest
         self.calls = self.failures = self.slow = 0
 
 
@@ -345,7 +358,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         self._shared_name = "" if hints is None else name or shared_name(self.primitive, "circuit breaker")
         self._chance = chance or _chance
         self._window = window_of(self.config)
-        self._asks_first = hints is not None or self.config.slow_call_seconds is not None
+        self._times_calls = self.config.slow_call_seconds is not None
+        self._asks_first = hints is not None or self._times_calls
         self._window_tells_time = isinstance(self._window, TimeWindow)
         self._inner = self.primitive._run
         self._lock = threading.Lock()
@@ -515,14 +529,13 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     def _succeeded(self, generation: int, began: float, context: WorkflowContext) -> None:
         """Count a good call of the closed state."""
         window = self._window
-        limit = self.config.slow_call_seconds
-        if window is not None and limit is None:
+        if window is not None and not self._times_calls:
             now = context.clock.monotonic() if self._window_tells_time else 0.0
             with self._lock:
                 if generation != self._generation:
                     return
                 if not window.failures and not window.slow:
-                    window.add(False, False, now)
+                    window.add_good(now)
                     self._failures = 0
                     self._quiet = window.settled
                     return
