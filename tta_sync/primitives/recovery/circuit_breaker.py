@@ -206,6 +206,10 @@ class TimeWindow:
     ``calls``, ``failures`` and ``slow`` are right as of the last :meth:`add`.
     """
 
+    calls: int
+    failures: int
+    slow: int
+
     def __init__(self, seconds: float) -> None:
         self._width = seconds / BUCKETS
         self._newest = 0  # number of the newest bucket since the clock's zero
