@@ -85,12 +85,18 @@ def usable(python: Path) -> bool:
 def run(command: list[str], *, quiet: bool = False) -> int:
     """Run *command* to its end; a SIGTERM to us ends it first."""
     errors = subprocess.DEVNULL if quiet else None
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=errors, preexec_fn=end_with_parent)
+    child: subprocess.Popen[bytes] | None = None
+    came: list[int] = []
 
     def stop(signum: int, _frame: object) -> None:
-        child.send_signal(signum)
+        came.append(signum)
+        if child is not None:
+            child.send_signal(signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)  # before there is a child that it could miss
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=errors, preexec_fn=end_with_parent)
+    if came:
+        child.send_signal(came[0])
     try:
         status = child.wait()
     except KeyboardInterrupt:  # the terminal told the child, too

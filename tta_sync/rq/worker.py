@@ -343,12 +343,12 @@ class AsyncWorker(SimpleWorker):
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if handlers:
+            self._install_signal_handlers()  # first: once registered, it may be told to stop
         self.bootstrap(logging_level, date_format, log_format)
         try:
             if with_scheduler:  # it forks: before there are other threads
                 self._start_scheduler(burst, logging_level, date_format, log_format)
-            if handlers:
-                self._install_signal_handlers()
             return self._work(burst, max_jobs, max_idle_time)
         finally:
             self.teardown()
@@ -846,6 +846,13 @@ class AsyncWorker(SimpleWorker):
             fn()
         except redis.exceptions.RedisError as error:
             self.log.error("Worker %s: Redis: %s", self.name, error)
+
+    def stop_scheduler(self) -> None:
+        """End RQ's scheduler, which is deaf until it has handlers of its own."""
+        process: Any = self.scheduler and self.scheduler._process
+        while process and process.pid and process.is_alive():
+            process.terminate()
+            process.join(1)
 
     def unsubscribe(self) -> None:
         """End the thread that hears commands. RQ's own way may leave it there for a minute."""
