@@ -882,3 +882,172 @@ def test_loop_is_not_found_blocked_when_only_the_main_thread_was(
     work()
     assert left == []
     assert queue.finished_job_registry.count == 10
+
+
+# ---- the rest of what may be a job, an error, or a moment
+
+
+def test_every_kind_of_function_runs_when_it_is_a_job(queue: Queue, work: Any, own_module: Any) -> None:
+    """A partial, an object that is called, a plain function around a coroutine; StopIteration is an error like any."""
+    name = own_module(
+        "import functools, asyncio\n"
+        "async def add(a, b):\n    await asyncio.sleep(0)\n    return a + b\n"
+        "def around(a):\n    return add(a, 1)\n"
+        "part = functools.partial(add, 10)\n"
+        "class Called:\n    async def __call__(self, a):\n        return await add(a, 100)\n"
+        "called = Called()\n"
+        "nothing = None\n"
+        "def stop():\n    raise StopIteration(5)\n"
+        "class Broken(Exception):\n"
+        "    @property\n    def __suppress_context__(self):\n        raise ValueError('no')\n"
+        "async def fail():\n    raise Broken\n"
+    )
+    good = [queue.enqueue(f"{name}.{function}", 1) for function in ("around", "part", "called")]
+    bad = {function: queue.enqueue(f"{name}.{function}") for function in ("nothing", "stop", "fail")}
+    work()
+    assert [value(job) for job in good] == [2, 11, 101]
+    assert "this job has no function" in failure(bad["nothing"])
+    assert "StopIteration: 5" in failure(bad["stop"])
+    assert "Broken (it cannot be shown" in failure(bad["fail"])
+
+
+def test_handlers_are_asked_in_turn_when_a_job_fails(client: Redis, queue: Queue, work: Any) -> None:
+    """RQ's exception handlers: one that returns False ends the row, one that fails is passed over."""
+    told: list[Any] = []
+
+    def last(job: Job, kind: type, error: BaseException, trace: Any) -> bool:
+        told.append((job.id, kind, str(error), trace is not None))
+        return False
+
+    def never(*args: Any) -> None:
+        told.append("never")
+
+    job = queue.enqueue(JOBS + "fail", "why", on_failure=Callback(JOBS + "fail_to_be_told"))
+    worker = AsyncWorker(["default"], connection=client, exception_handlers=[last, never])
+    worker.work(burst=True, logging_level="CRITICAL")
+    assert told == [(job.id, RuntimeError, "the callback failed", True)]
+
+    def broken(*args: Any) -> None:
+        raise KeyError("in a handler")
+
+    another = queue.enqueue(JOBS + "fail", "why")
+    AsyncWorker(["default"], connection=client, exception_handlers=[broken]).work(burst=True, logging_level="CRITICAL")
+    assert "ValueError: why" in failure(another)
+
+
+def test_callback_is_cut_when_its_time_is_over(client: Redis, queue: Queue, work: Any) -> None:
+    """The job fails, as with RQ; the thread is left to itself."""
+    job = queue.enqueue(JOBS + "double", 1, on_success=Callback(JOBS + "hang_in_callback", timeout=1))
+    work()
+    client.set(f"{job.id}:go", 1)
+    assert "JobTimeoutException: Task exceeded maximum timeout value (1 seconds)" in failure(job)
+
+
+def test_stopped_callback_is_called_and_its_error_recorded_when_a_job_is_stopped(client: Redis, queue: Queue) -> None:
+    """Instead of the failure callback."""
+    from tta_sync.exceptions import JobCancelledError
+    from tta_sync.rq.delivery import STOPPED
+
+    told = delivered(queue, "hang", "a", on_stopped=Callback(JOBS + "told_of_stop"))
+    bad = delivered(queue, "hang", "b", on_stopped=Callback(JOBS + "fail_to_be_told"))
+
+    async def use(runner: Runner, reported: list[Delivery]) -> None:
+        runner.launch([told, bad])
+        await until(lambda: client.llen("a:began") and client.llen("b:began"))
+        for delivery in (told, bad):
+            runner.cancel(delivery, STOPPED, JobCancelledError(delivery.job.id))
+            runner.cancel(delivery, TIMED_OUT)  # the first reason stands
+        await until(lambda: len(reported) == 2)
+        runner.cancel(told, STOPPED)  # it is over
+
+    run_with(use)
+    assert client.lrange(f"told:{told.job.id}", 0, -1) == [b"stopped"]
+    assert isinstance(told.error, JobCancelledError)
+    assert isinstance(bad.error, RuntimeError)
+    assert "the callback failed" in bad.exc_string
+
+
+def test_worker_is_registered_anew_when_redis_has_lost_it(
+    client: Redis, queue: Queue, work: Any, eventually: Any
+) -> None:
+    """Its key, its lease and its entry in RQ's list are gone: it puts them back, and keeps its jobs."""
+    job = queue.enqueue(JOBS + "block", "busy", "go")
+    seen: list[Any] = []
+
+    def forget() -> None:
+        eventually(lambda: client.llen("busy:began"))
+        (key,) = Worker.all_keys(connection=client)
+        name = key.removeprefix("rq:worker:")
+        client.delete(key, lease_key(name), "rq:workers", "rq:workers:default")
+        behind = queue.enqueue(JOBS + "double", 4)
+        eventually(lambda: Worker.all_keys(connection=client) == [key])
+        eventually(lambda: fetch(behind).is_finished)
+        seen.extend(worker.get_state() for worker in Worker.all(connection=client))
+        client.set("go", 1)
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    work()
+    thread.join()
+    assert value(job) == "done"
+    assert seen in (["busy"], ["idle"])
+
+
+def test_end_is_written_later_when_others_change_the_job_all_the_time(
+    queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others have their turn between two tries, and the worker lives."""
+    from tta_sync.rq.endings import Endings
+
+    job, other = queue.enqueue(JOBS + "double", 1, result_ttl=100), queue.enqueue(JOBS + "double", 2)
+    children = [queue.enqueue(JOBS + "double", 3, depends_on=job)]
+    transact, disturbances = Endings._transact, iter(range(50))
+
+    def disturbed(self: Endings, delivery: Delivery, pipe: Pipeline) -> None:
+        if delivery.job.id == job.id and next(disturbances, None) is not None:
+            queue.connection.sadd(job.dependents_key, f"child{time.monotonic_ns()}")
+        transact(self, delivery, pipe)
+
+    monkeypatch.setattr(Endings, "_transact", disturbed)
+    work()
+    assert [value(one) for one in (job, other, *children)] == [2, 4, 6]
+    assert len(fetch(job).results()) == 1
+
+
+def test_deleted_job_stays_deleted_when_it_would_be_put_back(
+    client: Redis, queue: Queue, work: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner does not want it any more; a worker that stops does not bring it back."""
+    monkeypatch.setenv("TTA_WORKER_DRAIN_SECONDS", "0")
+    deleted, kept = queue.enqueue(JOBS + "hang", "deleted"), queue.enqueue(JOBS + "hang", "kept")
+    worker = AsyncWorker(["default"], connection=client)
+
+    def stop() -> None:
+        eventually(lambda: client.llen("deleted:began") and client.llen("kept:began"))
+        fetch(deleted).delete()
+        worker.request_stop(None, None)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    worker.work(logging_level="CRITICAL")
+    thread.join()
+    assert queue.get_job_ids() == [kept.id]
+    assert not client.exists(deleted.key)
+    assert client.keys("rq:execution:*") == []
+
+
+def test_odd_commands_are_passed_over_when_they_come(client: Redis) -> None:
+    """What is no command, one that is for other kinds of workers, and one for a job that is not here."""
+    worker = AsyncWorker(["default"], connection=client)
+    for data in (b"no json", b"[]", b'{"command": "kill-horse"}', b'{"command": "stop-job", "job_id": 5}'):
+        worker.handle_payload({"data": data})
+    assert not worker._stop_now
+    worker.handle_payload({"data": b'{"command": "stop-job", "job_id": "elsewhere"}'})
+    assert list(worker._stop_now) == ["elsewhere"]
+    worker._hear_cancels()
+    assert not worker._stop_now
+    with pytest.raises(KeyError):
+        worker._pubsub_exception_handler(KeyError("a bug"), None, None)
+    with pytest.raises(ValueError, match="Dequeue strategy"):
+        worker.work(dequeue_strategy="by chance")  # type: ignore[arg-type]
+    worker.connection.close()
