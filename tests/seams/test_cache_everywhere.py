@@ -83,6 +83,12 @@ def memory():
 
 
 @pytest.fixture
+def redis_url(own_redis_server: Any) -> str:
+    """A Redis of its own: this process goes on listening to the cache's news after the test."""
+    return str(own_redis_server.url)
+
+
+@pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project of modules that the web application and the jobs share."""
     (tmp_path / "shared.py").write_text(SHARED)
