@@ -22,6 +22,7 @@ import pytest
 
 import tta_sync
 from tta_sync.facade import SyncFacade
+from tta_sync.runtime.frames import running_frame
 
 FACADES: dict[str, dict[str, Any]] = {
     "thread-asyncio": {},
@@ -61,9 +62,8 @@ def threads_end() -> Callable[[], None]:
         give_up = time.monotonic() + PATIENCE
         while left():
             if time.monotonic() > give_up:
-                frames = sys._current_frames()
                 stacks = [
-                    f"{thread.name}:\n{''.join(traceback.format_stack(frames.get(thread.ident or 0)))}"
+                    f"{thread.name}:\n{''.join(traceback.format_stack(running_frame(thread.ident or 0)))}"
                     for thread in left()
                 ]
                 pytest.fail("threads of the runtime that do not end:\n" + "\n".join(stacks))

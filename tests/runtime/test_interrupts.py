@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import sys
 import threading
 import time
 
@@ -15,6 +14,7 @@ from tta_sync import run_on_caller
 from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import register_interrupt
 from tta_sync.runtime import call as call_module, loop as loop_module
+from tta_sync.runtime.frames import running_frame
 
 
 class Alarm(Exception):
@@ -166,7 +166,7 @@ def until_blocked(eventually):
 
     def wait(inside):
         assert inside.wait(20)
-        eventually(lambda: threading.Condition.wait.__code__ in {f.f_code for f in sys._current_frames().values()})
+        eventually(lambda: running_frame(threading.main_thread().ident).f_code is threading.Condition.wait.__code__)
         time.sleep(0.02)
 
     return wait

@@ -159,3 +159,28 @@ def test_watching_costs_less_than_a_hundredth_of_a_core(facade: SyncFacade) -> N
     before = time.process_time()
     facade.call_sync(asyncio.sleep, 2)
     assert time.process_time() - before < 0.1  # 1 % would be 0.02; a loaded machine gets slack
+
+
+def test_process_goes_on_when_the_collector_meets_thread_locals_while_frames_are_looked_at(
+    run_program: Callable[..., Any],
+) -> None:
+    """CPython locks its list of threads to show their frames: no collection may free a thread-local meanwhile."""
+    ended = run_program(
+        """
+        from tta_sync.runtime.frames import running_frame
+        class Holder: pass
+        gc.set_threshold(1)
+        for _ in range(300):
+            holder = Holder()
+            holder.local, holder.me = threading.local(), holder
+            holder.local.value = 1
+            del holder
+            assert running_frame(threading.get_ident()) is not None
+        assert gc.isenabled()
+        gc.disable()
+        running_frame(threading.get_ident())
+        assert not gc.isenabled()
+        say("looked")
+        """
+    )
+    assert ended.said == ["looked"]

@@ -10,6 +10,8 @@ from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
+from tta_sync.runtime import generation, native
+
 _RAISE_OPCODES: frozenset[int] = frozenset()
 
 
@@ -125,6 +127,37 @@ def place(frame: FrameType | None) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
 
 
+class _Looking:
+    """Who looks at the threads' frames, one at a time."""
+
+    def __init__(self) -> None:
+        self.lock = native.reentrant_lock()
+        self.collector_paused = False
+
+
+_looking = _Looking()
+
+
 def running_frame(ident: int) -> FrameType | None:
     """Return the frame that thread *ident* executes now."""
-    return sys._current_frames().get(ident)
+    # CPython 3.11 allocates in there with its list of threads locked. Were that to start a collection, and this to free
+    # a thread-local, which wants the same lock, the whole process would stand still for good (gh-106883).
+    with _looking.lock:
+        enabled = gc.isenabled()
+        try:
+            _looking.collector_paused = enabled
+            gc.disable()
+            return sys._current_frames().get(ident)
+        finally:
+            if enabled:
+                gc.enable()
+            _looking.collector_paused = False
+
+
+def _look_anew_in_child() -> None:
+    if _looking.collector_paused:  # forked while another thread looked
+        gc.enable()
+    _looking.__init__()  # type: ignore[misc]
+
+
+generation.on_fork(_look_anew_in_child)

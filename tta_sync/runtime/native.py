@@ -15,6 +15,7 @@ def _original(module: str, name: str, default: Any) -> Any:
 # Bound at import: before a later monkey.patch_all() these are the originals anyway.
 allocate_lock: Any = _original("_thread", "allocate_lock", _thread.allocate_lock)
 get_ident: Any = _original("_thread", "get_ident", _thread.get_ident)
+reentrant_lock: Any = _original("_thread", "RLock", _thread.RLock)
 start_new_thread: Any = _original("_thread", "start_new_thread", _thread.start_new_thread)
 
 

@@ -8,6 +8,7 @@ takes longer than they may.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
@@ -65,7 +66,13 @@ class Errand:
         code = self._user_code
         if code is None:
             return "an unknown place"
-        frame = sys._current_frames().get(self._thread)  # gevent's threads go by other numbers
+        enabled = gc.isenabled()
+        try:
+            gc.disable()  # CPython 3.11 can deadlock if this starts a collection: gh-106883
+            frame = sys._current_frames().get(self._thread)  # gevent's threads go by other numbers
+        finally:
+            if enabled:
+                gc.enable()
         while frame is not None and frame.f_code is not code:
             frame = frame.f_back
         return f"{code.co_filename}:{code.co_firstlineno if frame is None else frame.f_lineno}"
