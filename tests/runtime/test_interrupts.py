@@ -164,9 +164,12 @@ def until_blocked(eventually):
     A signal that comes just before the system's wait begins is noticed by CPython only when that wait ends.
     """
 
+    def frames():
+        return [running_frame(thread.ident) for thread in threading.enumerate()]
+
     def wait(inside):
         assert inside.wait(20)
-        eventually(lambda: running_frame(threading.main_thread().ident).f_code is threading.Condition.wait.__code__)
+        eventually(lambda: threading.Condition.wait.__code__ in {frame.f_code for frame in frames() if frame})
         time.sleep(0.02)
 
     return wait
