@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,6 +322,8 @@ def test_pickled_job_is_not_read_when_its_worker_died(client: Redis, work: Any, 
     work()
     assert client.hget(job.key, "status") == b"failed"
     assert client.hget(job.key, "meta") == before
+    last = WorkflowJob.fetch(job.id, connection=client, serializer=JSONSerializer).latest_result()
+    assert "PickleRefusedError" in str(last and last.exc_string)  # in its next run: the retry was not lost
     assert not (tmp_path / "boom").exists()
 
 
@@ -391,7 +394,8 @@ def test_error_is_recorded_when_nothing_can_be_set_on_it(queue: Queue, work: Any
     """A frozen dataclass refuses even a traceback."""
     job = queue.enqueue(JOBS + "fail_frozen")
     work()
-    assert "FrozenError" in failure(job)
+    assert "FrozenError: cold" in failure(job)
+    assert "FrozenInstanceError" not in failure(job)
 
 
 def test_webhooks_are_sent_when_the_end_is_written(queue: Queue, work: Any) -> None:
@@ -490,16 +494,20 @@ def open_when(client: Redis, condition: Callable[[], bool], within: float = 20) 
 def test_waiting_for_a_thread_is_not_the_jobs_time(
     client: Redis, queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plain job that waits for its turn longer than its timeout is not late."""
+    """A plain job that waits for its turn longer than its timeout is not late, and has all its time."""
     monkeypatch.setenv("TTA_WORKER_SYNC_THREADS", "1")
+    monkeypatch.setenv("TTA_WORKER_SESSION_THREADS", "1")
     first = queue.enqueue(JOBS + "block", "first", "go")
     second = queue.enqueue(JOBS + "double_plainly", 1, job_timeout=1)
+    third, fourth = jobs.time_left.enqueue("go"), jobs.time_left.enqueue(None, timeout=1)
     opened = time.monotonic() + 1.5
     opener = threading.Thread(target=open_when, args=(client, lambda: time.monotonic() > opened))
     opener.start()
     work()
     opener.join()
     assert (value(first), value(second)) == ("done", 2)
+    assert value(third) < 180
+    assert 0.2 < value(fourth) <= 1
 
 
 def test_callbacks_timeout_error_is_its_own(client: Redis, queue: Queue, work: Any) -> None:
@@ -862,26 +870,26 @@ def test_maintenance_that_fails_costs_no_job(
 
 
 def test_loop_is_not_found_blocked_when_only_the_main_thread_was(
-    client: Redis, queue: Queue, work: Any, monkeypatch: pytest.MonkeyPatch
+    client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process was stopped, or Redis kept it waiting, for longer than the limit: that is no fault of the loop."""
     monkeypatch.setenv("TTA_WORKER_STALL_LIMIT", "5")
     left: list[int] = []
     monkeypatch.setattr(worker_module.os, "_exit", left.append)
-    moments = iter(range(0, 10_000, 100))  # each look a hundred seconds after the last
-    look = AsyncWorker._look_after_loop
+    monkeypatch.setattr(worker_module.logging, "shutdown", lambda: None)
+    worker = AsyncWorker(["default"], connection=client)
+    worker._recovery = SimpleNamespace(abandon=lambda: None)  # type: ignore[assignment]
+    worker._ticks = 1  # asked, and not answered
 
-    def late(self: AsyncWorker) -> None:
-        self._looked -= next(moments)
-        self._ticks += 0
-        look(self)
+    def look(seconds: float) -> list[int]:
+        worker._looked = time.monotonic() - seconds
+        worker._look_after_loop()
+        return left
 
-    monkeypatch.setattr(AsyncWorker, "_look_after_loop", late)
-    for n in range(10):
-        queue.enqueue(JOBS + "act", f"k{n}", 20)
-    work()
-    assert left == []
-    assert queue.finished_job_registry.count == 10
+    assert look(1000) == []
+    assert look(1.5) == []
+    assert look(1.5) == [70]  # it does not answer although it could
+    worker.connection.close()
 
 
 # ---- the rest of what may be a job, an error, or a moment
@@ -1024,7 +1032,7 @@ def test_deleted_job_stays_deleted_when_it_would_be_put_back(
 
     def stop() -> None:
         eventually(lambda: client.llen("deleted:began") and client.llen("kept:began"))
-        fetch(deleted).delete()
+        client.delete(deleted.key)
         worker.request_stop(None, None)
 
     thread = threading.Thread(target=stop)

@@ -331,6 +331,18 @@ async def act(key: str, ms: int = 0) -> str:
     return key
 
 
+@workflow_job("default")
+def time_left(until: str | None) -> float:
+    """Return the seconds that the job has left when the key *until* exists."""
+    client = effects()
+    while until is not None and not client.exists(until):
+        time.sleep(0.01)
+    context = current_context()
+    assert context is not None
+    assert context.deadline is not None
+    return context.deadline.remaining()
+
+
 async def nothing(data: Any = None) -> None:
     pass
 

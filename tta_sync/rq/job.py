@@ -90,19 +90,27 @@ def context_of(job: Job) -> WorkflowContext:
     return context
 
 
-@contextlib.contextmanager
-def bind(job: Job, context: WorkflowContext) -> Iterator[Progress]:
+class bind:  # noqa: N801  # used as a function
     """Make *context* the current one, and its progress the job's, for as long as *job* runs in this thread or task.
 
     Nothing is written: that is up to whoever runs the job, with what this yields.
     """
-    context.reporter = progress = Progress(job.id, job.connection, job)
-    token, job_token = _running.set((job.id, context)), current_job.set(job)
-    try:
-        yield progress
-    finally:
-        current_job.reset(job_token)
-        _running.reset(token)
+
+    # No generator: contextlib assigns to the error that passes through, which a frozen dataclass refuses.
+
+    def __init__(self, job: Job, context: WorkflowContext) -> None:
+        self._job = job
+        self._context = context
+
+    def __enter__(self) -> Progress:
+        job, context = self._job, self._context
+        context.reporter = progress = Progress(job.id, job.connection, job)
+        self._token, self._job_token = _running.set((job.id, context)), current_job.set(job)
+        return progress
+
+    def __exit__(self, *error: object) -> None:
+        current_job.reset(self._job_token)
+        _running.reset(self._token)
 
 
 @contextlib.contextmanager
