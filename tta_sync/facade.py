@@ -132,8 +132,7 @@ class SyncFacade:
         use_uvloop: run on uvloop, which must be installed (``tta-sync[uvloop]``).
         pool_size: threads for ``thread_step``.
         drive: "thread" runs the loop on a thread of its own. "caller" lets the waiting caller drive it, which saves the
-            thread switch; the price is that a coroutine that blocks holds its own caller, deadline and signals
-            included.
+            thread switch; the price is that a coroutine that blocks holds whoever drives, beyond the deadline.
 
     The loop starts at the first call, in whichever process makes it: building a facade at import time, preloading under
     gunicorn and forking workers are safe.

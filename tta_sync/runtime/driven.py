@@ -6,7 +6,7 @@ that has lain for some milliseconds while the loop has business, so that backgro
 nobody calls.
 
 A call that finds the baton free costs no thread switch, and beside a CPU-bound thread no wait for the interpreter's
-lock. The price: a coroutine that blocks holds its own caller, deadline and signals included.
+lock. The price: a coroutine that blocks holds whoever drives, beyond the deadline. Signals: see signals.py.
 
 Who owns what, beyond loop.py: the holder of the baton owns everything that loop.py calls "the loop thread only", and
 ``driver`` and ``ident``. The baton is a dict entry with the holder's mark in it, not a lock: a signal's exception may
