@@ -50,6 +50,12 @@ def callers_drive(options: dict[str, Any]) -> bool:
     return options.get("drive") == "caller"
 
 
+@pytest.fixture(scope="module")
+def repeats(options: dict[str, Any]) -> Callable[[int, int], int]:
+    """``repeats(100, 30)``: how often to repeat something, with the first kind of facade and with the others."""
+    return lambda full, less: less if options else full
+
+
 @pytest.fixture
 def threads_end() -> Callable[[], None]:
     """``threads_end()``: wait for the end of all threads that the runtime has started since the test began."""

@@ -10,7 +10,6 @@ What strikes on the caller's thread is a real signal's handler, so that a runtim
 import asyncio
 import dis
 import gc
-import itertools
 import os
 import signal
 import sys
@@ -31,12 +30,27 @@ ENTRY = -1
 POINTS = 2000  # more than any call passes
 
 
+@pytest.fixture
+def points(options):
+    """Every point; on uvloop, where the caller runs through the very same code as on asyncio, every third."""
+    return range(1, POINTS, 3 if options.get("use_uvloop") else 1)
+
+
 class Strike(BaseException):
     """What lands at a point."""
 
 
 class First(KeyboardInterrupt):
     """What comes before it, where two are needed."""
+
+
+def is_in_a_finalizer(frame):
+    """Say whether the collector has called *frame*: Python swallows what is raised there."""
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Tracer:
@@ -59,7 +73,7 @@ class Tracer:
         self._last.clear()
 
     def __call__(self, frame, event, _argument):
-        if self._left <= 0 or not frame.f_code.co_filename.startswith(PACKAGE):
+        if self._left <= 0 or not frame.f_code.co_filename.startswith(PACKAGE) or is_in_a_finalizer(frame):
             return None
         frame.f_trace_opcodes = True
         self._last[id(frame)] = ENTRY
@@ -161,14 +175,14 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(
-    make_facade, eventually, scenario, strike_by_signal
+    make_facade, eventually, points, scenario, strike_by_signal
 ):
     """Wherever in the caller's way an interrupt lands: it comes out itself, nothing runs on, no place stays taken."""
     body, timeout = SCENARIOS[scenario]
     facade = make_facade(max_in_flight=1)
     facade.call_sync(answer)
     counted = Counted(body)
-    for at in range(1, POINTS):
+    for at in points:
         came_out = None
         with Tracer(at, strike_by_signal) as tracer:
             try:
@@ -187,10 +201,10 @@ def test_call_is_cancelled_and_forgotten_when_an_interrupt_lands_at_any_point(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # loops that were struck unborn
 def test_facade_is_sound_when_an_interrupt_lands_at_any_point_of_its_first_call(
-    make_facade, threads_end, eventually, strike_by_signal
+    make_facade, threads_end, eventually, points, strike_by_signal
 ):
     """The same for the call that starts the loop: the next one is answered, and no thread is left in the end."""
-    for at in range(1, POINTS):
+    for at in points:
         facade, counted = make_facade(max_in_flight=1), Counted(short)
         came_out = None
         with Tracer(at, strike_by_signal) as tracer:
@@ -210,12 +224,12 @@ def test_facade_is_sound_when_an_interrupt_lands_at_any_point_of_its_first_call(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # loops that were struck unborn
 def test_shutdown_ends_all_threads_when_an_interrupt_landed_at_any_point_of_the_first_call(
-    options, threads_end, strike_by_signal
+    options, threads_end, points, strike_by_signal
 ):
     """A first call that was cut off leaves no loop behind that nobody knows of: shutdown ends what it has started."""
     gc.collect()
     descriptors = len(os.listdir("/proc/self/fd"))
-    for at in range(1, POINTS):
+    for at in points:
         facade = SyncFacade(**options)  # which nobody keeps
         with Tracer(at, strike_by_signal) as tracer:
             try:
@@ -256,13 +270,13 @@ async def hit_in_a_step():
 
 @pytest.mark.parametrize("body", [hit_in_the_wait, hit_in_a_step], ids=lambda body: body.__name__)
 def test_nothing_runs_on_silently_when_a_second_interrupt_lands_at_any_point(
-    make_facade, eventually, caplog, on_signal, strike_by_signal, body
+    make_facade, eventually, caplog, on_signal, points, strike_by_signal, body
 ):
     """A second interrupt anywhere behind the first: one of the two comes out, and the coroutine is cancelled still."""
     caplog.set_level("CRITICAL")  # orphans for a moment, by the dozen
     facade, counted = make_facade(max_in_flight=1), Counted(body)
     facade.call_sync(answer)
-    for at in range(1, POINTS):
+    for at in points:
         tracer = Tracer(at, strike_by_signal, armed=False)
 
         def first(tracer=tracer):
@@ -285,7 +299,9 @@ def test_nothing_runs_on_silently_when_a_second_interrupt_lands_at_any_point(
     assert at > 5, "the tracer found no points: it tests nothing"
 
 
-def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(make_facade, callers_drive, in_thread):
+def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(
+    make_facade, callers_drive, points, in_thread
+):
     """A finalizer, or a handler, that calls the facade at any point of a call on the same thread gets its answer.
 
     Where this thread turns the loop just then, it gets the error that is named for it.
@@ -298,7 +314,7 @@ def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(mak
             answers.append("refused")
 
     def first_calls():
-        for at in itertools.count(1):
+        for at in points:
             facade, answers = make_facade(), []
             with Tracer(at, lambda facade=facade, answers=answers: finalizer(facade, answers)) as tracer:
                 now.append(tracer)
@@ -311,7 +327,7 @@ def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(mak
     def later_calls():
         facade = make_facade()
         facade.call_sync(answer)
-        for at in itertools.count(1):
+        for at in points:
             answers = []
             with Tracer(at, lambda answers=answers: finalizer(facade, answers)) as tracer:
                 now.append(tracer)
@@ -326,13 +342,13 @@ def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(mak
             in_thread(calls).result(60)
         except TimeoutError:
             pytest.fail(f"it hangs when a finalizer calls at {now[-1].where}")
-        assert sum(answers == ["answered"] for _, answers in got) > 10
+        assert sum(answers == ["answered"] for _, answers in got) > 3
         assert [entry for entry in got if entry[1] not in (["answered"], ["refused"] if callers_drive else None)] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that were struck unborn
 def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_any_point(
-    make_facade, in_thread, caplog
+    make_facade, in_thread, points, caplog
 ):
     """Wherever on the loop's thread it lands: the caller gets a result or an error within 4 s; so does the next one."""
     caplog.set_level("CRITICAL")
@@ -351,7 +367,7 @@ def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_
         finally:
             sys.settrace(None)
 
-    for at in range(1, POINTS):
+    for at in points:
         tracer = Tracer(at, raising(Strike()), armed=False)
         inside, release = threading.Event(), threading.Event()
         turning = in_thread(facade.call_sync, traced, tracer, inside, release)

@@ -13,7 +13,11 @@ import pytest
 from tta_sync import run_on_caller
 from tta_sync.exceptions import LoopUnavailableError, TTASyncError
 
-FORKS = 100
+
+@pytest.fixture
+def forks(repeats):
+    """A hundred, and fewer where another kind of loop forks just the same."""
+    return range(repeats(100, 30))
 
 
 async def add(left, right):
@@ -30,15 +34,15 @@ def add_up(left, right):
     return left + right
 
 
-def test_child_and_parent_answer_when_forked_idle_a_hundred_times(facade, in_child):
+def test_child_and_parent_answer_when_forked_idle_a_hundred_times(facade, in_child, forks):
     """With nothing in flight: each of 100 children gets its answer, and so does the parent after each of them."""
     facade.call_sync(add, 0, 0)
-    for number in range(FORKS):
+    for number in forks:
         assert in_child(lambda number=number: facade.call_sync(add, number, 1)) == str(number + 1)
         assert facade.call_sync(steps, number, 2, timeout=20) == number + 2
 
 
-def test_child_and_parent_answer_when_forked_busy_a_hundred_times(facade, in_child, in_thread):
+def test_child_and_parent_answer_when_forked_busy_a_hundred_times(facade, in_child, in_thread, forks):
     """While four threads are inside calls: the same, and their calls go on, all answered rightly."""
     ended = threading.Event()
 
@@ -51,7 +55,7 @@ def test_child_and_parent_answer_when_forked_busy_a_hundred_times(facade, in_chi
 
     callers = [in_thread(caller, number) for number in range(4)]
     try:
-        for number in range(FORKS):
+        for number in forks:
             assert in_child(lambda number=number: facade.call_sync(add, number, 1)) == str(number + 1)
             assert facade.call_sync(steps, number, 2, timeout=20) == number + 2
     finally:
@@ -76,12 +80,12 @@ def locks_of(facade):
                 owners.append(thing)
 
 
-def test_child_and_parent_answer_when_forked_with_every_lock_held_a_hundred_times(facade, in_child, in_thread):
+def test_child_and_parent_answer_when_forked_with_every_lock_held_a_hundred_times(facade, in_child, in_thread, forks):
     """While another thread holds every lock that the runtime has: no child waits for a holder that it does not have."""
     facade.call_sync(add, 0, 0)
     with pytest.raises(TTASyncError):
         facade.call_sync(asyncio.sleep, 60, timeout=0.01)  # the locks that are made at first use
-    for number in range(FORKS):
+    for number in forks:
         held, release = threading.Event(), threading.Event()
 
         def hold(held=held, release=release):

@@ -13,7 +13,7 @@ from rq.timeouts import JobTimeoutException, TimerDeathPenalty, UnixSignalDeathP
 from tta_sync import run_on_caller
 from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import register_interrupt
-from tta_sync.runtime import call as call_module, loop as loop_module
+from tta_sync.runtime import call as call_module
 from tta_sync.runtime.frames import running_frame
 
 
@@ -272,19 +272,35 @@ def test_call_goes_on_when_a_handler_does_not_raise(facade, in_thread, blocks):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_jobs_timeout_comes_out_when_rqs_timer_penalty_strikes(facade, in_thread, monkeypatch, works):
-    """Off the main thread RQ throws its exception into the waiting thread: it comes out, after the clean-up."""
-    monkeypatch.setattr(loop_module, "LOOK_AGAIN", 0.05)
-    cleaned = []
+def test_jobs_timeout_comes_out_when_rqs_timer_penalty_strikes(run_program):
+    """Off the main thread RQ throws its exception into the waiting thread: it comes out, after the clean-up.
 
-    def job():
-        with TimerDeathPenalty(0.1, JobTimeoutException, job_id="job"):
-            facade.call_sync(sleeper(lambda: None, cleaned))
-
-    with pytest.raises(JobTimeoutException):
-        in_thread(job).result(20)
-    assert len(cleaned) == 1
-    works(facade)
+    In a program of its own: while one thread has an exception to come, CPython 3.11 lets no other one that is traced,
+    for coverage say, begin a function.
+    """
+    ended = run_program(
+        """
+        from rq.timeouts import JobTimeoutException, TimerDeathPenalty
+        from tta_sync.runtime import loop as loop_module
+        loop_module.LOOK_AGAIN = 0.05
+        async def sleep():
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                say("cleaned up")
+        def job():
+            try:
+                with TimerDeathPenalty(0.1, JobTimeoutException, job_id="job"):
+                    facade.call_sync(sleep)
+            except JobTimeoutException:
+                say("timed out")
+        thread = threading.Thread(target=job, daemon=True)
+        thread.start()
+        thread.join(20)
+        say(facade.call_sync(answer))
+        """
+    )
+    assert ended.said == ["cleaned up", "timed out", "42"]
 
 
 def test_grace_is_one_second_when_nothing_else_is_said(facade, interrupt):
@@ -482,7 +498,7 @@ def test_waiting_steps_never_start_when_the_caller_was_interrupted(facade, works
 
 
 def test_facade_is_usable_when_a_storm_of_signals_is_over(run_program):
-    """2,700 signals a second for 2 s, each raising in the wait: afterwards nothing runs, and calls are answered."""
+    """2,700 signals a second, each raising in the wait: afterwards nothing runs, and calls are answered."""
     ended = run_program(
         """
         import logging
@@ -501,7 +517,7 @@ def test_facade_is_usable_when_a_storm_of_signals_is_over(run_program):
                 running -= 1
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 1 / 2700, 1 / 2700)
-        end = time.monotonic() + 2
+        end = time.monotonic() + (1 if OPTIONS else 2)
         done = interrupted = refused = 0
         while time.monotonic() < end:
             try:
@@ -550,7 +566,7 @@ def test_first_call_of_facades_is_usable_when_a_storm_of_signals_meets_it(run_pr
         def handler(*_):
             if armed: raise Storm
         signal.signal(signal.SIGALRM, handler)
-        end = time.monotonic() + 1
+        end = time.monotonic() + (0.5 if OPTIONS else 1)
         rounds = interrupted = 0
         while time.monotonic() < end:
             one = SyncFacade(**OPTIONS)

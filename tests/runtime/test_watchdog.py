@@ -14,6 +14,7 @@ import pytest
 
 from tta_sync import events
 from tta_sync.facade import SyncFacade
+from tta_sync.runtime import watchdog
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_report_names_the_users_line_when_the_block_is_deep_in_a_library(
 
 
 def test_nothing_is_reported_when_a_thread_beside_computes(
-    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]], repeats: Callable[[int, int], int]
 ) -> None:
     """A CPU-bound thread that takes the interpreter's lock away is not the loop's fault."""
     stop = threading.Event()
@@ -116,7 +117,7 @@ def test_nothing_is_reported_when_a_thread_beside_computes(
     thread = threading.Thread(target=hog)
     thread.start()
     try:
-        end = time.monotonic() + 2
+        end = time.monotonic() + repeats(2, 1)
         while time.monotonic() < end:
             facade.call_sync(busy_a_little)
     finally:
@@ -135,9 +136,10 @@ def test_nothing_is_reported_when_calls_only_wait(
 
 
 def test_watchdog_parks_when_nothing_happens_and_wakes_with_the_next_call(
-    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
+    facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An idle process is not woken every 50 ms; the watch goes on with the next call."""
+    monkeypatch.setattr(watchdog, "QUIET_ROUNDS", 4)  # a fifth of a second
 
     async def blocker() -> None:
         time.sleep(0.5)  # on purpose: it blocks the loop
