@@ -30,10 +30,11 @@ from tta_sync.redis import endpoint
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
+def client(redis_url: str, met_again: Callable[[Any], None]) -> Iterator[redis.Redis]:
     """A plain client beside the cache, to look at what is stored; the cache is patient with this server."""
     place = endpoint(redis_url)
     place.bounds.limit = 10.0
+    met_again(place)
     with redis.Redis.from_url(redis_url) as client:
         yield client
     place.bounds.limit = LIMIT
