@@ -155,11 +155,11 @@ def test_watchdog_parks_when_nothing_happens_and_wakes_with_the_next_call(
     assert len(stalls) == 1
 
 
-def test_watching_costs_less_than_a_hundredth_of_a_core(facade: SyncFacade) -> None:
-    """Two seconds with a call in flight use next to no processor time."""
+def test_watching_costs_less_than_a_hundredth_of_a_core(facade: SyncFacade, repeats: Callable[[int, int], int]) -> None:
+    """A second or two with a call in flight use next to no processor time."""
     facade.call_sync(asyncio.sleep, 0)
     before = time.process_time()
-    facade.call_sync(asyncio.sleep, 2)
+    facade.call_sync(asyncio.sleep, repeats(2, 1))
     assert time.process_time() - before < 0.1  # 1 % would be 0.02; a loaded machine gets slack
 
 
