@@ -564,8 +564,10 @@ def test_running_job_is_stopped_when_that_is_asked_for(
         assert request_cancel(job.id, client) == Cancel.REQUESTED
     else:
         send_stop_job_command(client, job.id, serializer=JSONSerializer)
+    eventually(lambda: client.llen("stopped:ended"), within=10)
+    noticed = time.monotonic() - asked
+    assert noticed < 3, "promised within 1 s; the rest is for a machine that is busy"
     eventually(lambda: fetch(job).get_status() == JobStatus.STOPPED, within=10)
-    assert time.monotonic() - asked < 5
     assert "cancel" in failure(job, JobStatus.STOPPED).lower()
     assert client.lrange("stopped:ended", 0, -1) == [b"started"]
     assert client.lrange(f"told:{job.id}", 0, -1) == [b"stopped"]
@@ -818,6 +820,26 @@ def test_poison_ends_failed_when_three_workers_have_died_of_it(
     eventually(lambda: fetch(job).get_status() == JobStatus.FAILED)
     assert "poison" in failure(job)
     assert client.llen("poison:began") == 3
+
+
+def test_cancelled_job_is_not_begun_again_when_its_worker_dies_first(
+    client: Redis, queue: Queue, start: Start, eventually: Any
+) -> None:
+    """Whoever recovers it ends it as stopped: neither its Retry nor its being idempotent brings it back."""
+    cancelled = [
+        jobs.hang_idempotently.enqueue("c0"),
+        queue.enqueue(JOBS + "hang", "c1", retry=Retry(max=3)),
+    ]
+    victim = start()
+    eventually(lambda: all(client.llen(f"c{n}:began") for n in range(2)))
+    victim.send_signal(signal.SIGSTOP)  # it cannot hear of it any more
+    assert [request_cancel(job.id, client) for job in cancelled] == [Cancel.REQUESTED] * 2
+    victim.kill()
+    start()
+    eventually(lambda: all(fetch(job).get_status() == JobStatus.STOPPED for job in cancelled))
+    assert all("JobCancelledError" in failure(job, JobStatus.STOPPED) for job in cancelled)
+    assert [client.llen(f"c{n}:began") for n in range(2)] == [1, 1]
+    assert client.keys("tta_sync:job:cancel:*") == []
 
 
 def test_worker_that_was_taken_for_dead_writes_nothing_when_it_comes_back(

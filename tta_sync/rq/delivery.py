@@ -447,7 +447,7 @@ class Runner:
         """Return the error to record for a job that ended with *error*, given why it was cancelled, if it was."""
         if delivery.why is None:
             return error
-        if delivery.why == TIMED_OUT or (delivery.why == STOPPED and (error is not None or delivery.gave_up)):
+        if delivery.why in (TIMED_OUT, STOPPED):  # whatever it made of that
             verdict = delivery.by or asyncio.CancelledError()
             if error is not None and not isinstance(error, asyncio.CancelledError) and error is not verdict:
                 verdict.__cause__ = error

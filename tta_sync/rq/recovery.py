@@ -26,6 +26,7 @@ from rq.queue import Queue
 from rq.serializers import DefaultSerializer, JSONSerializer
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
+from tta_sync.exceptions import JobCancelledError
 from tta_sync.rq.claims import (
     CONCURRENCY,
     DELIVERIES,
@@ -35,6 +36,7 @@ from tta_sync.rq.claims import (
     queues_of,
     running_key,
 )
+from tta_sync.rq.control import applies, cancel_key
 from tta_sync.rq.endings import fail_barely, inside
 from tta_sync.rq.job import META, is_json
 
@@ -273,6 +275,9 @@ class Recovery:
     def _transact(self, queue: Queue, job: Job, execution: Execution, pipe: Pipeline) -> BaseException | None:
         kept = ours(job)
         deliveries = int(pipe.hget(job.key, DELIVERIES) or 1)
+        cancel: Any = pipe.get(cancel_key(job.id))
+        if applies(cancel, job):
+            return self._end(queue, job, "it was cancelled by request", JobCancelledError(job.id), pipe)
         if kept.get("idempotent") is True and deliveries < MAX_DELIVERIES:
             pipe.multi()
             job.set_status(JobStatus.QUEUED, pipeline=pipe)
@@ -288,18 +293,20 @@ class Recovery:
         return self._end(queue, job, why, AbandonedJobError(why), pipe)
 
     def _end(self, queue: Queue, job: Job, why: str, error: BaseException, pipe: Pipeline) -> BaseException | None:
-        if job.should_retry:
+        stopped = isinstance(error, JobCancelledError)
+        if job.should_retry and not stopped:
             pipe.multi()
             with inside(pipe, job, queue) as bound:
                 job.retry(bound, pipe)
             logger.warning("Worker %s: job %s: %s; it is retried", self._worker, job.id, why)
             return None
-        job._status = JobStatus.FAILED
+        job._status = JobStatus.STOPPED if stopped else JobStatus.FAILED
         queue.enqueue_dependents(job, pipeline=pipe, refresh_job_status=False)
         if not pipe.explicit_transaction:
             pipe.multi()
-        job.set_status(JobStatus.FAILED, pipeline=pipe)
-        job._handle_failure(f"{AbandonedJobError.__name__}: {why}", pipeline=pipe)
+        job.set_status(job._status, pipeline=pipe)
+        job._handle_failure(f"{type(error).__name__}: {why}", pipeline=pipe)
+        pipe.delete(cancel_key(job.id))
         pipe.hdel(job.key, DELIVERIES)  # requeued by hand, it begins anew
         logger.error("Worker %s: job %s failed: %s", self._worker, job.id, why)
-        return error
+        return None if stopped else error
