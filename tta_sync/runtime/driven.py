@@ -95,7 +95,7 @@ class DrivenLoop(ManagedLoop):
         self._broken = False
         self._held_back: HeldBack | None = None
         self._watched = 0  # the thread that turned the loop last
-        self._watched_driver: Call | None = None
+        self._watched_driver = 0  # its id: a reference would keep what the call was given
         self._watched_since = 0.0
         self.driver: Call | None = None
         super().__init__(**options)
@@ -191,8 +191,8 @@ class DrivenLoop(ManagedLoop):
     def _have_driver_look(self) -> None:
         """Make a driver look after its call once in a while, as other callers do: whether it still has a task, say."""
         driver, now = self.driver, time.monotonic()
-        if driver is not self._watched_driver:
-            self._watched_driver, self._watched_since = driver, now
+        if id(driver) != self._watched_driver:
+            self._watched_driver, self._watched_since = id(driver), now
         elif driver is not None and now - self._watched_since > LOOK_AGAIN:
             self._watched_since = now
             self.post(driver.wake)
