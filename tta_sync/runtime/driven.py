@@ -153,12 +153,7 @@ class DrivenLoop(ManagedLoop):
     def _run_forever(self) -> None:
         try:
             while not self._broken and not self.stopping:
-                held_back = self._held_back
-                if held_back is not None and held_back.came:
-                    self._standby.acquire(True, POLL)
-                    held_back.insist()
-                else:
-                    self._standby.acquire(True, DOZE if self._dozing else POLL)
+                self._stand_by()
                 self._find_lost_baton()
                 self._have_driver_look()
                 vacant = time.monotonic() - self._vacant_since
@@ -179,6 +174,16 @@ class DrivenLoop(ManagedLoop):
             while not self._take(mark):  # the last driver leaves before the loop is closed
                 self._standby.acquire(True, POLL)
             self._bury()
+
+    def _stand_by(self) -> None:
+        # A function of its own: while the standby driver turns the loop, nothing here keeps a finished call.
+        held_back = self._held_back
+        if held_back is not None and held_back.came:
+            self._standby.acquire(True, POLL)
+            held_back.insist()
+        else:
+            del held_back
+            self._standby.acquire(True, DOZE if self._dozing else POLL)
 
     def _find_lost_baton(self) -> None:
         """Free a baton that lies in the hands of a thread which does not drive: a storm of signals cut off _pass_on."""
