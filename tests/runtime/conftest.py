@@ -195,6 +195,7 @@ from tta_sync import caller_step, run_on_caller, step, thread_step
 from tta_sync.exceptions import *
 from tta_sync.facade import SyncFacade
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
 OPTIONS = {options!r}
 facade = SyncFacade(**OPTIONS)
 

@@ -316,7 +316,7 @@ def test_nothing_waits_for_the_collector_when_a_call_is_over(facade, eventually,
         refs = once()
         leave_the_loop_time(facade)
         assert len(refs) == (1 if expected == () else 2)
-        eventually(lambda: not any(ref() for ref in refs), within=2, what="the end of what only the call referred to")
+        eventually(lambda: not any(ref() for ref in refs), within=20, what="the end of what only the call referred to")
 
 
 def test_nothing_waits_for_the_collector_when_a_call_was_interrupted(facade, interrupt, eventually):
