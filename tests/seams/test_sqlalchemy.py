@@ -412,10 +412,10 @@ def test_timeout_around_a_step_leaves_nothing_behind(engine: sa.Engine, work: Un
         session.add(Row(value=f"attempt {len(began)}"))
         session.flush()
         if len(began) == 1:
-            time.sleep(0.3)
+            time.sleep(0.7)
         return len(began)
 
-    flow = RetryPrimitive(TimeoutPrimitive(slow_at_first, 0.1), max_retries=2)
+    flow = RetryPrimitive(TimeoutPrimitive(slow_at_first, 0.5)  # the next attempt has time even if it waits for this one, max_retries=2)
     assert work.run(run_sync, flow, None) == 2
     assert values(engine) == ["attempt 2"]
 
