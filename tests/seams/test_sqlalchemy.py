@@ -415,7 +415,8 @@ def test_timeout_around_a_step_leaves_nothing_behind(engine: sa.Engine, work: Un
             time.sleep(0.7)
         return len(began)
 
-    flow = RetryPrimitive(TimeoutPrimitive(slow_at_first, 0.5)  # the next attempt has time even if it waits for this one, max_retries=2)
+    # An attempt has time even if it has to wait until the one before it lets go of the thread.
+    flow = RetryPrimitive(TimeoutPrimitive(slow_at_first, 0.5), max_retries=2)
     assert work.run(run_sync, flow, None) == 2
     assert values(engine) == ["attempt 2"]
 
