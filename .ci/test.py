@@ -92,6 +92,7 @@ def run_shares() -> int:
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the fixtures end what they started
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
     if arguments[:1] == ["--here"]:
         return run_here(arguments[1:])
     measured = coverage.Coverage()

@@ -13,7 +13,7 @@ import pytest
 from tests.running import Run, request
 from tta_sync.cli.processes import family
 
-COUNT = 200
+COUNT = 100
 
 pytestmark = pytest.mark.timeout(400)  # a machine that others keep busy takes its time
 

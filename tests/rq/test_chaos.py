@@ -169,7 +169,7 @@ def test_all_jobs_end_once_when_workers_are_killed_again_and_again(
     client: Redis, queue: Queue, start: Start, eventually: Any
 ) -> None:
     """kill -9 any time: finished and failed are all there were; effects with a key happen once, no run too many."""
-    total, kills, concurrency = size(800, 10_000), size(5, 20), size(20, 50)
+    total, kills, concurrency = size(500, 10_000), size(4, 20), size(20, 50)
     idempotent, retried = total * 70 // 100, total * 15 // 100
     jobs.act_once.enqueue_many(
         [{"key": f"i{n}", "ms": 200} for n in range(idempotent)], job_ids=[f"i{n}" for n in range(idempotent)]
@@ -242,7 +242,7 @@ def test_no_job_is_lost_or_failed_when_workers_are_told_to_stop_at_any_moment(
     client: Redis, queue: Queue, start: Start, eventually: Any
 ) -> None:
     """SIGTERM again and again over a stream of jobs: none stays started; one runs twice only where the log says so."""
-    total, stops = size(300, 3000), size(3, 10)
+    total, stops = size(200, 3000), size(3, 10)
     chance = random.Random(10)
     ids = [
         queue.enqueue(JOBS + "act", f"s{n}", chance.choice([0, 5, 50, 400]), job_id=f"s{n}").id for n in range(total)
@@ -590,7 +590,7 @@ def memory(client: Redis, queue: Queue, counts: list[int]) -> list[dict[str, int
 def test_memory_descriptors_and_threads_stay_when_many_jobs_run(client: Redis, queue: Queue, start: Start) -> None:
     """No-op jobs, one process: what it holds after many is what it held after some."""
     start(TTA_WORKER_RECOVERY_SECONDS="30", kind=("worker", "--quiet"), wait=False)
-    found = memory(client, queue, [size(4050, 5000), size(450, 95_000)])
+    found = memory(client, queue, [size(2550, 5000), size(450, 95_000)])
     print(found)
     assert found[1]["kilobytes"] - found[0]["kilobytes"] < size(6_000, 10_000)
     assert abs(found[1]["descriptors"] - found[0]["descriptors"]) <= 3
