@@ -50,6 +50,9 @@ FIRST_WAIT = 0.02
 LOOK_AGAIN = 1.0
 """Seconds after which a caller looks again whether its call is still carried by a living task on a living loop."""
 
+TAKEN_WITHIN = 0.25
+"""Seconds that a shutdown gives a caller to take the result of a call that has ended."""
+
 _loops: list[ManagedLoop] = []
 """Every loop of this process that has not been closed. A forked child keeps those of its parent here for good: closing
 one, or letting it be collected, would edit the epoll that it shares with the parent."""
@@ -242,9 +245,13 @@ class ManagedLoop:
         """
         stop_all([self], timeout, self.grace)
 
-    def is_waited_for(self) -> bool:
-        """Say whether a call has not ended. One whose caller was struck twice at its end may stay in ``calls``."""
-        return any(call.sent and not call.done for call in list(self.calls))
+    def is_waited_for(self, ended: dict[Call, float]) -> bool:
+        """Say whether a call goes on, or has ended but a moment ago, so that its caller is about to use the result.
+
+        One whose caller was struck twice at its end may stay in ``calls``, and nobody comes for it.
+        """
+        now = time.monotonic()
+        return any(not call.done or now - ended.setdefault(call, now) < TAKEN_WITHIN for call in list(self.calls))
 
     def refuse(self) -> None:
         """Take no more calls. Any thread."""
@@ -652,7 +659,8 @@ def stop_all(loops: list[ManagedLoop], timeout: float, grace: float) -> None:
         managed.refuse()
         managed.discard_unstarted()
     end = time.monotonic() + timeout
-    while any(managed.is_waited_for() and not managed.dead for managed in loops) and time.monotonic() < end:
+    ended: dict[Call, float] = {}  # calls whose callers have not taken the result yet, and since when
+    while any(managed.is_waited_for(ended) and not managed.dead for managed in loops) and time.monotonic() < end:
         time.sleep(0.002)
     for managed in loops:
         if not managed.dead:
