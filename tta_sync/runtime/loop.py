@@ -535,7 +535,10 @@ class ManagedLoop:
         def outlives(task: asyncio.Task[Any]) -> bool:
             context = context_of(task)
             call = None if context is None else context.get(current_caller)
-            return isinstance(call, Call) and call.done and not task.done()
+            if not isinstance(call, Call) or not call.done or task.done():
+                return False
+            # The task that carried the call ends a moment after its caller has the result.
+            return getattr(task.get_coro(), "cr_code", None) is not ManagedLoop._carry.__code__
 
         return [task for task in asyncio.all_tasks(self.loop) if outlives(task)]
 
