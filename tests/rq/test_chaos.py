@@ -89,7 +89,7 @@ Start = Callable[..., Process]
 
 
 @pytest.fixture
-def start(redis_url: str, tmp_path: Path, measure_subprocesses: None, eventually: Any) -> Iterator[Start]:
+def start(redis_url: str, tmp_path: Path, eventually: Any) -> Iterator[Start]:
     """``start("default", url=..., TTA_WORKER_...="...")``: an AsyncWorker that listens. All are killed at the end."""
     started: list[Process] = []
 

@@ -389,7 +389,7 @@ def test_two_processes_behave_like_the_model_whatever_happens(client: redis.Redi
     [
         ("in_redis.RedisLayer._forget_above", lambda self, tags: None),
         ("in_redis.RedisLayer._counters", lambda self, tags: (self._epoch,)),
-        ("cache.CachePrimitive.lifetime", lambda self: self.ttl + 1.0),
+        ("cache.CachePrimitive.lifetime", lambda self: self.ttl * 3 + 30.0),
         ("keys.prefix", lambda *parts: "n:"),
     ],
 )
@@ -402,7 +402,7 @@ def test_model_finds_out_when_something_is_wrong(
         run_state_machine_as_test(
             layered(client, itertools.count()),
             settings=settings(
-                max_examples=200,
+                max_examples=400,
                 stateful_step_count=30,
                 deadline=None,
                 phases=[Phase.generate],
