@@ -214,6 +214,28 @@ def many_callers(threads: int, seconds: float) -> tuple[Table, Table]:
     return rate, cost
 
 
+NAP = 0.005  # seconds
+
+
+def sleepers(threads: int, seconds: float) -> Table:
+    """Measure how many calls a second are answered when each waits: whether waits overlap, and what is lost."""
+    table = Table("bridge-sleepers", f"{threads} threads, each call sleeps for 5 ms, one core", "calls/s", "more")
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    asyncio_facade, uvloop_facade = SyncFacade(), SyncFacade(use_uvloop=True)
+    calls: dict[str, Call] = {
+        "rct": lambda: asyncio.run_coroutine_threadsafe(asyncio.sleep(NAP), loop).result(),
+        "tta_sync call_sync": lambda: asyncio_facade.call_sync(asyncio.sleep, NAP),
+        "tta_sync call_sync, uvloop": lambda: uvloop_facade.call_sync(asyncio.sleep, NAP),
+    }
+    table.add("ideal", threads / NAP)
+    rates = {who: sorted(throughput(call, threads, seconds)[0] for _ in range(3))[1] for who, call in calls.items()}
+    best = max(("tta_sync call_sync", "tta_sync call_sync, uvloop"), key=rates.__getitem__)
+    for who, rate in rates.items():
+        table.add(who, rate, *([Goal("rct", 1.1, True), Goal("ideal", 0.8, True)] if who == best else []))
+    return table
+
+
 # ---- streams -------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +399,7 @@ def main(arguments: list[str]) -> list[Table]:
         done(one_caller(20_000 // scale))
         for threads in (16, 64):
             done(*many_callers(threads, 2.0 / scale))
+        done(sleepers(64, 2.0 / scale))
         done(streams(1_000_000 // scale), growth(1_000_000 // scale))
         done(beside_a_hog(4_000 // scale))
     done(http(max(4 // scale, 1)))
