@@ -1561,7 +1561,6 @@ def test_asgiref_is_not_imported_when_nobody_has_asked_for_it() -> None:
 
 def test_greenlets_keep_their_own_code_when_gevent_has_patched_the_process() -> None:
     """Under gevent, thread-sensitive code runs in the greenlet that called, and 50 of them wait at once."""
-    pytest.importorskip("gevent")
     ended = run_program(
         """
         from gevent import monkey; monkey.patch_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from flask.testing import FlaskClient
 
 from blueprints.documents import workflow
 from tests.service.llm_server import SUMMARY, LLMServer
+from tta_sync import call_sync
+from tta_sync.facade import default_facade
 
 MakeClient = Callable[..., FlaskClient]
 
@@ -72,14 +75,19 @@ def test_summary_comes_from_the_cache_when_the_same_text_was_summarised(client: 
     assert llm.calls == 2
 
 
-def test_summary_is_asked_for_once_when_many_want_it_at_once(llm: LLMServer, make_client: MakeClient) -> None:
+def test_summary_is_asked_for_once_when_many_want_it_at_once(
+    llm: LLMServer, make_client: MakeClient, eventually: Any
+) -> None:
     """Requests that share one call all have the provider's answer, and none of them says cached."""
     client = make_client(TTA_LLM_BASE_URL=llm.base_url, TTA_LLM_MODEL=MODEL)
     llm.script = ["held"]
     with ThreadPoolExecutor(8) as threads:
         answers = [threads.submit(process, client.application.test_client()) for _ in range(8)]
         assert llm.arrived.acquire(timeout=20)
-        time.sleep(0.3)  # for the others to join; one that comes later would find the cache, and fail the test
+        # One that comes later would find the cache. All have been begun, and some turns of the loop bring them to it.
+        eventually(lambda: [call.state for call in default_facade().in_flight()] == ["running"] * 8)
+        for _ in range(100):
+            call_sync(asyncio.sleep, 0)
         llm.release.set()
         for answer in answers:
             assert_provider(answer.result(timeout=20))

@@ -12,12 +12,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+import uvloop
 
 from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.testing import FakeClock
-
-uvloop = pytest.importorskip("uvloop")
 
 
 def loops() -> list[Any]:

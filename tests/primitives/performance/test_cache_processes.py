@@ -52,9 +52,18 @@ while not client.exists("go"):
     time.sleep(0.005)
 
 
+arriving = threading.Lock()  # one at a time: a client has not as many connections as there are threads
+
+
+def ask():
+    with arriving:
+        client.incr("arrived")
+    return run_sync(flow, "data")
+
+
 def by_threads(count):
     results = []
-    threads = [threading.Thread(target=lambda: results.append(run_sync(flow, "data"))) for _ in range(count)]
+    threads = [threading.Thread(target=lambda: results.append(ask())) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,7 +82,10 @@ async def leave():
 
 
 async def by_tasks(count):
-    return list(await asyncio.gather(*(flow.execute("data", WorkflowContext()) for _ in range(count))))
+    asking = [asyncio.ensure_future(flow.execute("data", WorkflowContext())) for _ in range(count)]
+    await asyncio.sleep(0)  # each has begun
+    client.incrby("arrived", count)
+    return list(await asyncio.gather(*asking))
 
 
 if role == "threads":
@@ -94,7 +106,7 @@ elif role == "layers":
         time.sleep(0.005)
     results.append(run_sync(flow, "data"))
 else:
-    results = [run_sync(flow, "data")]
+    results = [ask()]
 assert all(result["data"] == "data" for result in results)
 print(len(results), *sorted({result["number"] for result in results}))
 '''
@@ -136,6 +148,10 @@ class Workers:
                     pytest.fail(process.communicate()[1])
             time.sleep(0.005)
 
+    def wait_for_callers(self, count: int) -> None:
+        """Wait until so many have asked, in all processes."""
+        self.wait_for(lambda: int(self.client.get("arrived") or 0) == count)
+
     def results(self, processes: list[subprocess.Popen[str]]) -> list[list[int]]:
         """Wait for *processes* to end well, and return what each printed."""
         found = []
@@ -162,7 +178,7 @@ def test_step_runs_once_when_a_thousand_callers_in_four_processes_miss_at_once(w
     processes = workers.start("threads", "tasks", "threads", "tasks")
     workers.client.set("go", 1)
     workers.wait_for(lambda: workers.client.exists("computing"))
-    time.sleep(0.3)  # for the others to arrive; the computation waits
+    workers.wait_for_callers(1000)  # the computation waits for them
     workers.client.set("finish", 1)
     assert workers.results(processes) == [[250, 1]] * 4
     assert workers.client.get("executions") == b"1"
@@ -178,7 +194,7 @@ def test_waiter_takes_over_when_the_leader_is_killed(workers: Workers) -> None:
     followers = workers.start("threads", "one")
     workers.client.set("finish", 1)
     workers.client.set("go", 1)
-    time.sleep(0.3)  # for them to wait
+    workers.wait_for_callers(1 + 251)
     assert workers.client.get("executions") == b"1"
     leader.send_signal(signal.SIGKILL)
     leader.wait(20)
@@ -198,7 +214,7 @@ def test_waiter_computes_at_once_when_the_leader_fails(workers: Workers, fate: s
     followers = workers.start("threads", "tasks")
     workers.client.set("finish", 1)
     workers.client.set("go", 1)
-    time.sleep(0.3)  # for them to wait
+    workers.wait_for_callers(500)
     assert workers.client.get("executions") == b"1"
     workers.client.set("fail", 1)
     failed = time.monotonic()
