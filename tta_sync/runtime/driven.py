@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sized
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
@@ -30,18 +31,25 @@ from tta_sync.runtime.frames import OUTER_EDGE
 from tta_sync.runtime.loop import LOOK_AGAIN, ManagedLoop, Totals
 from tta_sync.runtime.signals import HeldBack
 
+if TYPE_CHECKING:
+    from tta_sync.runtime.selector import BellSelector
+
 VACANCY = 0.01
 """Seconds for which the baton may lie before the standby driver takes it."""
 POLL = 0.02
 DOZE = 0.5
 """Seconds between two looks of the standby driver: while calls come and go, and when nothing has happened for long."""
 
+UNPOLLED = 7
+"""Callers in a row that may do their call's first step before they look at the descriptors. What waits for one of
+those waits for so many first steps at most."""
+
 
 class _Loop(asyncio.SelectorEventLoop):
     """asyncio's loop. Where user code calls ``stop``, it is counted; the runtime itself calls ``halt``."""
 
-    def __init__(self, totals: Totals) -> None:
-        super().__init__()
+    def __init__(self, totals: Totals, selector: BellSelector | None) -> None:
+        super().__init__(selector)
         self._totals = totals
 
     def stop(self) -> None:
@@ -97,15 +105,18 @@ class DrivenLoop(ManagedLoop):
         self._watched = 0  # the thread that turned the loop last
         self._watched_driver = 0  # its id: a reference would keep what the call was given
         self._watched_since = 0.0
+        self._unpolled = 0  # turns in a row that began without a look at the descriptors
         self.driver: Call | None = None
         super().__init__(**options)
 
     def _prepare(self) -> None:
         super()._prepare()
         self._set_up()  # now, while nobody turns the loop
+        self._own_descriptors = len(self._descriptors())
 
     def _new_loop(self, use_uvloop: bool) -> _Loop:
-        return _Loop(self.totals)
+        self._selector = self._new_selector()
+        return _Loop(self.totals, self._selector)
 
     def _halt(self) -> None:
         self.loop.halt()
@@ -205,7 +216,13 @@ class DrivenLoop(ManagedLoop):
     def _has_business(self) -> bool:
         """Say whether the loop has anything to do without a caller: tasks, timers, more descriptors than its own."""
         loop: Any = self.loop
-        return bool(loop._ready or loop._scheduled or len(loop._selector.get_map()) > 2 or asyncio.all_tasks(loop))
+        more_descriptors = len(self._descriptors()) > self._own_descriptors
+        return bool(loop._ready or loop._scheduled or more_descriptors or asyncio.all_tasks(loop))
+
+    def _descriptors(self) -> Sized:
+        loop: Any = self.loop
+        descriptors: Sized = loop._selector.get_map()
+        return descriptors
 
     # ---- driving ---------------------------------------------------------------------------------------------------
 
@@ -220,6 +237,11 @@ class DrivenLoop(ManagedLoop):
             self._drain()
             wanted = self.refusing or not self._is_wanted() if call is None else not call.done
             if wanted and not self.stopping:
+                if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
+                    self._unpolled += 1
+                    self._selector.look_away = True  # the call's own first step first
+                else:
+                    self._unpolled = 0
                 self.loop.run_forever()
         except BaseException as error:
             if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it

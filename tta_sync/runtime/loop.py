@@ -22,7 +22,7 @@ import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
 from tta_sync.context import current_caller
@@ -41,6 +41,9 @@ from tta_sync.runtime.pool import DaemonPool
 from tta_sync.runtime.resources import OpenResources, belongs_to_a_resource
 from tta_sync.runtime.streaming import Stream
 from tta_sync.runtime.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from tta_sync.runtime.selector import BellSelector
 
 logger = logging.getLogger("tta_sync")
 
@@ -117,7 +120,22 @@ class ManagedLoop:
 
             loop: AbstractEventLoop = uvloop.new_event_loop()
             return loop
-        return asyncio.new_event_loop()
+        loop = asyncio.new_event_loop()
+        if type(loop) is asyncio.SelectorEventLoop:  # else the process has chosen another policy
+            selector = self._new_selector()
+            if selector is not None:
+                loop.close()
+                return asyncio.SelectorEventLoop(selector)
+        return loop
+
+    def _new_selector(self) -> BellSelector | None:
+        """Make the bell, and the selector that answers it; None where there is no such thing."""
+        try:
+            from tta_sync.runtime.selector import BellSelector
+        except ImportError:
+            return None
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return BellSelector(self._bell, self._answer_bell)
 
     def _prepare(self) -> None:
         self.loop.set_default_executor(self.pool)
@@ -186,13 +204,14 @@ class ManagedLoop:
                 if not self.stopping:
                     # Someone stopped the loop under everybody else: all that was in flight goes on.
                     self.totals.add("restarts")
+                    loop.call_soon(self._drain)  # what was thrown in may have struck while the bell was answered
         finally:
             self._bury()
 
     def _set_up(self) -> None:
-        if hasattr(os, "eventfd"):
+        if self._bell < 0 and hasattr(os, "eventfd"):
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self.loop.add_reader(self._bell, self._answer_bell)
+            self.loop.add_reader(self._bell, self._read_bell)
 
     def _bury(self) -> None:
         """End everything that still waits for this loop, which turns no more. On its own thread, as the last thing."""
@@ -562,6 +581,9 @@ class ManagedLoop:
     # ---- the loop's side -------------------------------------------------------------------------------------------
 
     def _answer_bell(self) -> None:
+        self._drain()
+
+    def _read_bell(self) -> None:
         try:
             os.eventfd_read(self._bell)
         except BlockingIOError:

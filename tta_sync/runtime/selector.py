@@ -1,0 +1,78 @@
+"""An epoll that answers the callers' bell itself, and that wakes for short timers on time.
+
+asyncio hands every descriptor that is ready to a callback, which it runs in its next turn; a task made there takes its
+first step one turn later. A selector is the place that asyncio leaves open to be quicker: a task that is made while it
+selects has its first step in the same turn, and a bell that is watched edge by edge need not be read.
+
+epoll counts milliseconds, and asyncio rounds up to them: many short sleepers wake in herds, and late. For short waits
+``select`` is asked, which counts microseconds, and an epoll descriptor can be waited for like any other.
+
+Linux only: an ImportError elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import selectors
+from collections.abc import Callable
+
+if not hasattr(os, "eventfd") or not hasattr(selectors, "EpollSelector"):
+    raise ImportError("needs epoll and eventfd")
+
+SHORT = 0.1
+"""Seconds below which a millisecond matters."""
+SELECTABLE = 1024
+"""What select(2) takes are descriptors below this."""
+
+
+class BellSelector(selectors.EpollSelector):
+    """Call *answer* on the loop's thread whenever somebody has written to *bell*, an eventfd that is never read.
+
+    Whoever sets ``look_away`` spares the next ``select`` its look, if it would not wait: no system call, and nobody
+    gets the interpreter's lock meanwhile.
+    """
+
+    def __init__(self, bell: int, answer: Callable[[], None]) -> None:
+        super().__init__()
+        self.look_away = False
+        self._bell = bell
+        self._answer = answer
+        self._waitable = [self.fileno()] if self.fileno() < SELECTABLE else None
+        self._epoll: select.epoll = self._selector  # type: ignore[attr-defined]
+        self._epoll.register(bell, select.EPOLLIN | select.EPOLLET)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Do what every selector does; wait for *timeout* to within microseconds where it is short."""
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        keys = self._fd_to_key  # type: ignore[attr-defined]
+        look_away, self.look_away = self.look_away, False
+        try:
+            if timeout is None:
+                timeout = -1
+            elif look_away and timeout <= 0:
+                return ready
+            elif timeout <= 0:
+                timeout = 0
+            elif timeout < SHORT and self._waitable is not None:
+                select.select(self._waitable, (), (), timeout)
+                timeout = 0
+            else:
+                timeout = math.ceil(timeout * 1e3) * 1e-3
+            found = self._epoll.poll(timeout, len(keys) + 1)
+        except InterruptedError:  # a signal handler that raises nothing: asyncio counts the time anew
+            return ready
+        for descriptor, event in found:
+            if descriptor == self._bell:
+                self._answer()
+                continue
+            key = keys.get(descriptor)
+            if key is not None:
+                events = 0
+                if event & ~select.EPOLLIN:
+                    events |= selectors.EVENT_WRITE
+                if event & ~select.EPOLLOUT:
+                    events |= selectors.EVENT_READ
+                ready.append((key, events & key.events))
+        return ready
