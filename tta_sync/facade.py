@@ -11,6 +11,7 @@ import contextvars
 import inspect
 import itertools
 import math
+import operator
 import os
 import signal
 import sys
@@ -99,9 +100,9 @@ class _Subscriptable:
 class FacadeStats(_Subscriptable):
     """What a facade has done since its process began.
 
-    ``orphans`` are calls that were left behind because they ignored their cancellation, ``left_over`` the tasks alive
-    now that outlive the call which made them, ``restarts`` how often the loop was stopped or died under its callers.
-    ``loop_lag`` is how late the loop last answered, in seconds.
+    ``orphans`` are calls, and work on pool threads, that were left behind because they ignored their cancellation;
+    ``restarts`` is how often the loop was stopped or died under its callers, ``loop_lag`` how late the loop last
+    answered, in seconds.
     """
 
     calls: int
@@ -109,7 +110,6 @@ class FacadeStats(_Subscriptable):
     restarts: int
     generation: int
     loop_lag: float
-    left_over: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,26 +471,31 @@ class SyncFacade:
 
     def stats(self) -> FacadeStats:
         """Return the totals of this process."""
+        number = generation.current.number
+        totals = self._totals.get(number) or self._totals_of(number)
         loop = self._loop
-        alive = loop is not None and loop.generation == generation.current.number
-        begun = loop.begun if loop is not None and alive else 0
-        totals = self._totals_of(generation.current.number)
-        return FacadeStats(
-            calls=totals.calls + begun + self._peeks,
-            orphans=totals.orphans,
-            restarts=totals.restarts,
-            generation=generation.current.number,
-            loop_lag=loop.watchdog.lag if loop is not None and alive else 0.0,
-            left_over=len(loop.left_over()) if loop is not None and alive and not loop.dead else 0,
-        )
+        calls, lag = totals.calls + self._peeks, 0.0
+        if loop is not None and loop.generation == number:
+            calls += loop.begun
+            lag = loop.watchdog.lag
+        return FacadeStats(calls, totals.orphans, totals.restarts, number, lag)
+
+    def left_over(self) -> list[str]:
+        """Return the names of the tasks that run on, beyond the call that made them."""
+        loop = self._loop
+        if loop is None or loop.generation != generation.current.number or loop.dead:
+            return []
+        return [task.get_name() for task in loop.left_over()]
 
     def in_flight(self) -> list[CallRecord]:
         """Return the calls that are under way now, the oldest first, orphans included."""
         loop = self._loop
         if loop is None or loop.generation != generation.current.number:
             return []
+        calls = sorted({*loop.calls, *loop.orphans}, key=_started)
+        if not calls:
+            return []
         now, threads = time.monotonic(), _thread_names()
-        calls = sorted({*loop.calls, *loop.orphans}, key=lambda call: call.started)
         return [self._record(call, now, threads) for call in calls if not call.done]
 
     def dump(self) -> str:
@@ -498,14 +503,14 @@ class SyncFacade:
         loop = self._loop
         lines = [f"{self.stats()}"]
         if loop is not None and loop.generation == generation.current.number:
-            for call in sorted({*loop.calls, *loop.orphans}, key=lambda call: call.started):
+            for call in sorted({*loop.calls, *loop.orphans}, key=_started):
                 if not call.done:
                     record = self._record(call, time.monotonic(), _thread_names())
                     lines.append(
                         f"{record.name}: {record.state} for {record.age:.3f} s, called by {record.caller_thread}, "
                         f"{loop.where(call)}"
                     )
-            lines += [f"left over: {task.get_name()}" for task in loop.left_over()]
+            lines += [f"left over: {name}" for name in self.left_over()]
         return "\n".join(lines) + "\n"
 
     def dump_on_signal(self, signum: int, descriptor: int = 2) -> None:
@@ -531,7 +536,10 @@ class SyncFacade:
         else:
             state = "running" if call.why is None else "cancelling"
         caller = threads.get(call.ident, "a thread that has ended")
-        return CallRecord(name=call.name or "a call", age=now - call.started, state=state, caller_thread=caller)
+        return CallRecord(call.name or "a call", now - call.started, state, caller)
+
+
+_started = operator.attrgetter("started")
 
 
 def _thread_names() -> dict[int | None, str]:

@@ -1190,7 +1190,7 @@ def test_it_is_counted_and_listed_by_the_users_name_when_it_runs(facade: SyncFac
 
 
 def test_tasks_left_over_run_on_and_are_counted_when_the_call_has_returned(facade: SyncFacade) -> None:
-    """A task that the coroutine does not wait for is not cancelled: it goes on, and stats() counts it until it ends."""
+    """A task that the coroutine does not wait for is not cancelled: it goes on, and is listed until it ends."""
     told = threading.Event()
 
     async def leave() -> asyncio.Event:
@@ -1207,11 +1207,11 @@ def test_tasks_left_over_run_on_and_are_counted_when_the_call_has_returned(facad
 
     kept: list[asyncio.Task[None]] = []
     go = facade.async_to_sync(leave)()
-    assert facade.stats().left_over == 1
+    assert len(facade.left_over()) == 1
     facade.call_sync(release, go)
     assert told.wait(PATIENCE)
     facade.call_sync(asyncio.wait, kept)
-    assert facade.stats().left_over == 0
+    assert facade.left_over() == []
 
 
 # ---------------------------------------------------------------------------------------------- life of the loop
@@ -1534,7 +1534,7 @@ def test_calls_are_answered_when_a_storm_of_signals_is_over(kind: str) -> None:
         assert struck > 10
         assert call() == 42
         until = time.monotonic() + 20
-        while facade.in_flight() or facade.stats().left_over:
+        while facade.in_flight() or facade.left_over():
             assert time.monotonic() < until, (facade.in_flight(), facade.stats())
             time.sleep(0.01)
         print("usable")
