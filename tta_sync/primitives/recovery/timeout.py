@@ -121,9 +121,6 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         monotonic = clock.monotonic
         now = monotonic()
         at = now + self.timeout_seconds
-        outer = _limit_around()
-        if outer is not None and getattr(outer, "over", False):
-            outer = limit_in_force()
         deadline = context.deadline
         if deadline is not None:
             if deadline.at < at:
@@ -132,11 +129,15 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     deadline.raise_exceeded()
             else:
                 deadline = None
+        outer = _limit_around()
+        if outer is not None:
+            if getattr(outer, "over", False):
+                outer = limit_in_force()
+            if outer is not None and outer <= at:
+                if outer <= now:
+                    raise StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
+                return await self._inner(data, context)  # type: ignore[no-any-return]  # who set that limit cuts first
         limit: _OwnLimit | None = None
-        if outer is not None and outer <= at:
-            if outer <= now:
-                raise StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
-            return await self._inner(data, context)  # type: ignore[no-any-return]  # whoever set that limit cuts first
         if deadline is None:
             limit = _set_limit(at, outer)
         else:
