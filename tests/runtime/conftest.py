@@ -189,12 +189,13 @@ def in_child() -> Callable[..., str]:
 # ------------------------------------------------------------------------------------------------------ programs
 
 PRELUDE = """\
-import asyncio, atexit, gc, os, signal, sys, threading, time
+import asyncio, atexit, gc, os, signal, sys, threading, time, warnings
 from contextlib import asynccontextmanager
 from tta_sync import caller_step, run_on_caller, step, thread_step
 from tta_sync.exceptions import *
 from tta_sync.facade import SyncFacade
 
+warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # of 3.12: what is tested here is just that
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
 OPTIONS = {options!r}
 facade = SyncFacade(**OPTIONS)

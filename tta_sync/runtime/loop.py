@@ -5,8 +5,7 @@ Life cycle: made by the facade at the first call of a process, dead when its thr
 
 * ``_queue``, ``calls``, ``orphans``: any thread; the deque, dict and set operations used on them are atomic.
 * ``_armed``: True from the moment a caller rings the bell until the loop has emptied the queue; both sides write it,
-  and
-  a lost update costs one superfluous ring or one first wait of 20 ms, never a call.
+  and a lost update costs one superfluous ring or one first wait of 20 ms, never a call.
 * ``resources`` and everything inside coroutines: the loop thread only.
 * ``dead``, ``stopping``: written once.
 """
