@@ -336,12 +336,36 @@ def test_compensation_primitive_takes_a_pair_or_a_list_of_pairs() -> None:
     assert ledger.names[-4:] == ["a", "undo a", "a", "undo a"]
 
 
+@pytest.mark.parametrize("kind", [SagaPrimitive, CompensationPrimitive])
+@pytest.mark.parametrize("spelled", ["positional", "keywords", "mixed", "pairs", "a generator of pairs"])
+def test_one_pair_is_taken_when_spelled_in_any_way(kind: Any, spelled: str) -> None:
+    """Both classes construct from (forward, compensation), positional or by name, and from pairs."""
+    ledger = Ledger()
+    forward, undo = ledger.step("a"), ledger.step("undo a")
+    saga = {
+        "positional": lambda: kind(forward, undo),
+        "keywords": lambda: kind(forward=forward, compensation=undo),
+        "mixed": lambda: kind(forward, compensation=undo),
+        "pairs": lambda: kind([(forward, undo)]),
+        "a generator of pairs": lambda: kind(pair for pair in [(forward, undo)]),
+    }[spelled]()
+    assert (saga.forward, saga.compensation) == (forward, undo)
+    ledger.fails["a"] = OSError("down")
+    with pytest.raises(OSError, match="down"):
+        run(saga)
+    assert ledger.names == ["a", "undo a"]
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
         (lambda: SagaPrimitive([]), "at least one pair"),
-        (lambda: SagaPrimitive([lambda data: data]), "list of pairs"),  # type: ignore[list-item]
-        (lambda: SagaPrimitive(7), "list of pairs"),  # type: ignore[arg-type]
+        (lambda: SagaPrimitive([lambda data: data]), "list of such pairs"),
+        (lambda: SagaPrimitive(7), "list of such pairs"),
+        (lambda: SagaPrimitive(), "list of such pairs"),
+        (lambda: SagaPrimitive(len), r"SagaPrimitive\(forward, compensation\)"),
+        (lambda: SagaPrimitive([(len, None)], len), "brings its own compensations"),
+        (lambda: SagaPrimitive([(len, None)], forward=len), "first step of one pair"),
         (lambda: SagaPrimitive([(len, 5)]), "cannot be a step"),
         (lambda: SagaPrimitive([(len, None)], compensation_timeout=0), "compensation_timeout"),
         (lambda: CompensationPrimitive(len), r"CompensationPrimitive\(forward, compensation\)"),

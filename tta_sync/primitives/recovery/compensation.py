@@ -32,13 +32,16 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
     Then the step's error comes out as itself; or, when the saga was cancelled or interrupted, that.
 
     Args:
-        steps: pairs ``(forward, compensation)``; None as the compensation where there is nothing to undo.
+        steps: pairs ``(forward, compensation)``; None as the compensation where there is nothing to undo. Or one
+            *forward* step, before its *compensation*.
+        compensation: what undoes the one forward step.
+        forward: the one forward step, by name.
         compensation_timeout: seconds that each compensation may take.
 
     Raises:
         SagaError: compensations failed: the step's error, then theirs. After a cancellation it holds theirs alone and
             is the ``__cause__`` of what comes out.
-        ConfigurationError: the steps are no list of pairs.
+        ConfigurationError: the steps are neither a pair nor a list of pairs.
 
     Source: Garcia-Molina and Salem, *Sagas*.
     """
@@ -46,11 +49,26 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
     strategy = "saga"
 
     def __init__(
-        self, steps: Iterable[tuple[Any, Any]], *, compensation_timeout: float = 30.0, name: str | None = None
+        self,
+        steps: Any = None,
+        compensation: Any = None,
+        *,
+        forward: Any = None,
+        compensation_timeout: float = 30.0,
+        name: str | None = None,
     ) -> None:
         if not (is_number(compensation_timeout) and compensation_timeout > 0):
             raise ConfigurationError(f"compensation_timeout is a positive number of seconds: {compensation_timeout!r}")
-        self.steps: tuple[tuple[Step, Step | None], ...] = _pairs(steps)
+        if forward is not None:
+            if steps is not None:
+                raise ConfigurationError(f"forward is the first step of one pair: {_how(self)}")
+            steps = forward
+        if compensation is not None:
+            if isinstance(steps, (list, tuple)):
+                raise ConfigurationError(f"a list of pairs brings its own compensations: {_how(self)}")
+            steps = [(steps, compensation)]
+        self.steps: tuple[tuple[Step, Step | None], ...] = _pairs(steps, _how(self))
+        self.forward, self.compensation = self.steps[0]
         self.compensation_timeout = compensation_timeout
         if name is not None:
             self.name = name
@@ -171,20 +189,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
 
 
 class CompensationPrimitive(SagaPrimitive[In, Out]):
-    """A saga in TTA.dev's spelling: ``CompensationPrimitive(forward, compensation)``, or a list of such pairs."""
-
-    def __init__(
-        self, forward: Any, compensation: Any = None, *, compensation_timeout: float = 30.0, name: str | None = None
-    ) -> None:
-        several = isinstance(forward, (list, tuple))
-        if several == (compensation is not None):
-            raise ConfigurationError(
-                "write CompensationPrimitive(forward, compensation), or give a list of such pairs: "
-                "CompensationPrimitive([(forward, compensation)])"
-            )
-        pairs = forward if several else [(forward, compensation)]
-        super().__init__(pairs, compensation_timeout=compensation_timeout, name=name)
-        self.forward, self.compensation = self.steps[0]
+    """A saga under TTA.dev's name: ``CompensationPrimitive(forward, compensation)``, or a list of such pairs."""
 
 
 class _Compensation(WorkflowPrimitive[Any, Any]):
@@ -204,14 +209,19 @@ class _Compensation(WorkflowPrimitive[Any, Any]):
         return await self.compensation._run(data, context)
 
 
-def _pairs(steps: Iterable[tuple[Any, Any]]) -> tuple[tuple[Step, Step | None], ...]:
+def _how(saga: SagaPrimitive[Any, Any]) -> str:
+    kind = type(saga).__name__
+    return (
+        f"write {kind}(forward, compensation), or give a list of such pairs, "
+        f"{kind}([(forward, compensation), ...]), with None as the compensation where there is nothing to undo"
+    )
+
+
+def _pairs(steps: Iterable[tuple[Any, Any]], how: str) -> tuple[tuple[Step, Step | None], ...]:
     try:
         pairs = [(forward, undo) for forward, undo in steps]
     except (TypeError, ValueError):
-        raise ConfigurationError(
-            "a saga takes a list of pairs: SagaPrimitive([(forward, compensation), ...]), "
-            "with None as the compensation where there is nothing to undo"
-        ) from None
+        raise ConfigurationError(f"a saga takes a step and its compensation: {how}") from None
     if not pairs:
         raise ConfigurationError("a saga needs at least one pair (forward, compensation)")
     return tuple((as_primitive(forward), None if undo is None else as_primitive(undo)) for forward, undo in pairs)
