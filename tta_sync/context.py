@@ -74,6 +74,10 @@ MAX_PROGRESS_MESSAGE = 500
 """Characters of a progress message that are kept."""
 
 
+_asked_first: dict[int, str] = {}
+"""New ids, by their context, until they have been written down there."""
+
+
 class WorkflowContext:
     """Carry one call's identity, deadline and shared state through its steps.
 
@@ -90,13 +94,13 @@ class WorkflowContext:
 
     __slots__ = (
         "_correlation_id",
+        "_degraded",
         "_parent",
         "baggage",
         "causation_id",
         "checkpoints",
         "clock",
         "deadline",
-        "degraded",
         "metadata",
         "parent_span_id",
         "player_id",
@@ -133,6 +137,8 @@ class WorkflowContext:
         tenant: str | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        if deadline is not None and not isinstance(deadline, Deadline):
+            raise TypeError(f"deadline is a Deadline, not {deadline!r}: write Deadline.after(seconds)")
         self.workflow_id = workflow_id
         self.session_id = session_id
         self.player_id = player_id
@@ -151,7 +157,7 @@ class WorkflowContext:
         self.deadline = deadline
         self.tenant = tenant
         self.clock = clock
-        self.degraded = False
+        self._degraded = False
         self.reporter: Reporter | None = None
         self._parent: WorkflowContext | None = None
 
@@ -159,8 +165,13 @@ class WorkflowContext:
     def correlation_id(self) -> str:
         """The id that joins all that one request causes."""
         if self._correlation_id is None:
-            # A child asks its parent, so that siblings which ask first still share one id.
-            self._correlation_id = str(uuid.uuid4()) if self._parent is None else self._parent.correlation_id
+            # A child asks its parent, so that siblings which ask first still share one id. Where several threads ask
+            # first they get the same one: a dict's setdefault is atomic, a lock would not survive a fork.
+            own = str(uuid.uuid4()) if self._parent is None else self._parent.correlation_id
+            first = _asked_first.setdefault(id(self), own)
+            if self._correlation_id is None:
+                self._correlation_id = first
+            _asked_first.pop(id(self), None)
         return self._correlation_id
 
     @correlation_id.setter
@@ -199,11 +210,22 @@ class WorkflowContext:
         """Return the milliseconds since the context was made."""
         return (self.clock.time() - self.start_time) * 1000.0
 
+    @property
+    def degraded(self) -> bool:
+        """Whether something lesser than asked for has answered; set to True, it is set in every ancestor as well."""
+        return self._degraded
+
+    @degraded.setter
+    def degraded(self, value: bool) -> None:
+        self._degraded = value
+        if value:
+            self.mark_degraded()
+
     def mark_degraded(self) -> None:
         """Say that something lesser than asked for has answered, here and in every ancestor."""
         context: WorkflowContext | None = self
         while context is not None:
-            context.degraded = True
+            context._degraded = True
             context = context._parent
 
     def create_child_context(self) -> WorkflowContext:
@@ -406,7 +428,7 @@ current_pool: ContextVar[Pool | None] = ContextVar("tta_sync_pool", default=None
 class Workflow(Protocol):
     """Anything that runs as a workflow: ours, or a foreign object with the same method."""
 
-    def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
+    def execute(self, data: Any, context: Any, /) -> Awaitable[Any]: ...
 
 
 class Message(NamedTuple):

@@ -38,7 +38,15 @@ from tta_sync.exceptions import (
     LoopUnavailableError,
     NoCallerError,
 )
-from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, sort_arguments, step_name
+from tta_sync.primitives.core.base import (
+    MISS,
+    In,
+    Out,
+    WorkflowPrimitive,
+    is_replaced,
+    sort_arguments,
+    step_name,
+)
 from tta_sync.runtime import generation
 from tta_sync.runtime.call import Call, register_interrupt
 from tta_sync.runtime.loop import ManagedLoop, Totals, living_loops, managed_loop_of, stop_all
@@ -181,6 +189,19 @@ class SyncFacade:
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
+    @overload
+    def run_sync(
+        self,
+        workflow: WorkflowPrimitive[In, Out],
+        data: In = ...,
+        context: WorkflowContext | None = ...,
+        *,
+        timeout: float | None = ...,
+    ) -> Out: ...
+    @overload
+    def run_sync(
+        self, workflow: Workflow, data: Any = ..., context: Any = ..., *, timeout: float | None = ...
+    ) -> Any: ...
     def run_sync(
         self,
         workflow: Workflow,
@@ -212,7 +233,7 @@ class SyncFacade:
                 data, context = sort_arguments(data, context)
         own_deadline = context.deadline
         deadline, limit = self._deadline(timeout, own_deadline)
-        if isinstance(workflow, WorkflowPrimitive):
+        if isinstance(workflow, WorkflowPrimitive) and not is_replaced(workflow):
             if workflow.peeks:
                 answer = workflow.peek(data, context)
                 if answer is not MISS:
@@ -615,6 +636,16 @@ def default_facade() -> SyncFacade:
     return _default
 
 
+@overload
+def run_sync(
+    workflow: WorkflowPrimitive[In, Out],
+    data: In = ...,
+    context: WorkflowContext | None = ...,
+    *,
+    timeout: float | None = ...,
+) -> Out: ...
+@overload
+def run_sync(workflow: Workflow, data: Any = ..., context: Any = ..., *, timeout: float | None = ...) -> Any: ...
 def run_sync(
     workflow: Workflow, data: Any = None, context: WorkflowContext | None = None, *, timeout: float | None = None
 ) -> Any:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any
 
 import pytest
 
+from tta_sync import context as context_module
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import (
     Deadline,
@@ -235,3 +239,38 @@ def test_system_clock_calls_back_on_the_running_loop() -> None:
     asyncio.run(main())
     assert seen == []
     assert SYSTEM_CLOCK.time() > 1_600_000_000
+
+
+def test_ancestors_are_degraded_when_a_child_is_set_so():
+    """``child.degraded = True`` says it of the whole call; taking it back concerns the child alone."""
+    parent = WorkflowContext()
+    child = parent.create_child_context().create_child_context()
+    child.degraded = True
+    assert parent.degraded
+    child.degraded = False
+    assert parent.degraded
+    assert not child.degraded
+
+
+def test_one_id_is_given_when_many_threads_ask_first(monkeypatch):
+    """Whoever asks first on whichever thread, all get the same correlation id."""
+    meeting = threading.Barrier(8)
+    real = uuid.uuid4
+
+    def slow():
+        meeting.wait(10)  # all have seen that there is none
+        return real()
+
+    monkeypatch.setattr("tta_sync.context.uuid.uuid4", slow)
+    for _ in range(20):
+        context = WorkflowContext()
+        with ThreadPoolExecutor(8) as pool:
+            ids = list(pool.map(attrgetter("correlation_id"), [context] * 8))
+        assert len({*ids, context.correlation_id}) == 1
+    assert context_module._asked_first == {}
+
+
+def test_number_in_the_place_of_a_deadline_is_refused():
+    """The error says what to write instead."""
+    with pytest.raises(TypeError, match=r"Deadline\.after\(seconds\)"):
+        WorkflowContext(deadline=5)

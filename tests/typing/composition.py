@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session, scoped_session
 
-from tta_sync import WorkflowContext, caller_step, step, thread_step
+from tta_sync import WorkflowContext, caller_step, run_sync, step, thread_step
 from tta_sync.primitives import (
     BulkheadPrimitive,
     CachePrimitive,
@@ -52,6 +52,13 @@ async def double(data: int) -> int:
 
 def words(data: str, context: WorkflowContext) -> list[str]:
     return data.split()
+
+
+class Renamed:
+    """Of another library, with other names for its parameters."""
+
+    async def execute(self, input_data: int, ctx: Any) -> str:
+        return str(input_data)
 
 
 @step
@@ -121,6 +128,13 @@ async def check(context: WorkflowContext) -> None:
     reveal_type((parse >> half).run_sync("4"))  # float
     reveal_type(double >> half)  # SequentialPrimitive[int, float]
     reveal_type(words | Upper())  # ParallelPrimitive[str, list[str] | str]
+    reveal_type(flag | (parse | Upper()))  # ParallelPrimitive[str, bool | int | str]
+    reveal_type((parse | words) | (flag | Upper()))  # ParallelPrimitive[str, int | list[str] | bool | str]
+    reveal_type(words | (parse | flag))  # ParallelPrimitive[str, list[str] | int | bool]
+    reveal_type(run_sync(parse, "4"))  # int
+    reveal_type(run_sync(parse >> half, "4", context, timeout=1.0))  # float
+    reveal_type(run_sync(Renamed(), 4))  # Any
+    reveal_type(RetryPrimitive(Renamed()) >> half)  # SequentialPrimitive[Any, float]
     reveal_type(Foreign() >> Upper())  # SequentialPrimitive[Any, str]
     reveal_type(partial(double) >> half)  # SequentialPrimitive[Any, float]
     reveal_type(SequentialPrimitive([parse, half]))  # SequentialPrimitive[Any, Any]

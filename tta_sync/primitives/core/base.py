@@ -21,6 +21,7 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext, current_caller, current_context, current_pool, ports
 from tta_sync.exceptions import ConfigurationError, NoCallerError
 from tta_sync.primitives.core.composition import children_of, details_of
+from tta_sync.primitives.core.naming import call_name, step_name as step_name
 from tta_sync.primitives.core.threads import Errand
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
         def __sizeof__(self) -> int: ...  # see WorkflowPrimitive
 
-        def execute(self, data: Any, context: Any) -> Awaitable[Any]: ...
+        def execute(self, data: Any, context: Any, /) -> Awaitable[Any]: ...
 
     class _Function(Protocol[_Given, _Made]):
         """A function, and no other callable: a step made by ``@step`` has no ``__name__`` for a type checker."""
@@ -139,6 +140,7 @@ def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
         inspect.markcoroutinefunction(execute)
     else:
         execute._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # what 3.11 has for it
+    execute._runs = run  # type: ignore[attr-defined]  # see is_replaced()
     return execute
 
 
@@ -217,7 +219,12 @@ class WorkflowPrimitive(Generic[In, Out]):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         own = cls.__dict__
-        if "peeks" not in own and ("peek" in own or "execute" in own or "_run" in own):
+        written = own.get("execute")
+        if written is None and "_run" not in own:
+            giver = next(kind for kind in cls.__mro__ if "execute" in kind.__dict__)
+            if not issubclass(giver, WorkflowPrimitive):  # a mixin that comes before any primitive
+                written = giver.__dict__["execute"]
+        if "peeks" not in own and ("peek" in own or written is not None or "_run" in own):
             cls.peeks = False  # what the parent's peek would answer is not what this class's execute does
         if "_run" in own and getattr(own.get("execute"), "_runs", None) is own["_run"]:
             pass  # the class is made again from its own parts, as dataclass(slots=True) does: all is in place
@@ -228,12 +235,12 @@ class WorkflowPrimitive(Generic[In, Out]):
                     "define `async def execute(self, data, context)`, and give a method of your own another name"
                 )
             cls.execute = _entry(own["_run"])  # type: ignore[method-assign]  # same call, looser spelling
-        elif "execute" in own:
-            written = own["execute"]
+        elif written is not None:
             run = _run_of(cls.__name__, written)
             cls._run = run  # type: ignore[method-assign]
-            execute: Any = functools.wraps(written)(_entry(run))
-            execute._runs = run
+            entry = _entry(run)
+            execute: Any = functools.wraps(written)(entry)
+            execute._runs = run  # again: a mixin's may have brought its own
             cls.execute = execute  # type: ignore[method-assign]
 
     if TYPE_CHECKING:
@@ -325,6 +332,8 @@ class WorkflowPrimitive(Generic[In, Out]):
         def __rrshift__(self, other: Foreign) -> SequentialPrimitive[Any, Out]: ...
         def __rrshift__(self, other: Any) -> Any: ...
 
+        @overload
+        def __or__(self, other: ParallelPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
         @overload
         def __or__(self, other: WorkflowPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
         @overload
@@ -428,7 +437,7 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
         ConfigurationError: it is none of these.
     """
     if isinstance(candidate, WorkflowPrimitive):
-        return candidate
+        return ForeignPrimitive(candidate) if is_replaced(candidate) else candidate
     if isinstance(candidate, type) and hasattr(candidate, "execute"):
         raise ConfigurationError(f"{candidate.__name__} is a class: write {candidate.__name__}(...)")
     if not _is_mocked_function(candidate) and callable(getattr(candidate, "execute", None)):
@@ -441,6 +450,15 @@ def as_primitive(candidate: Any) -> WorkflowPrimitive[Any, Any]:
     )
 
 
+def is_replaced(step: WorkflowPrimitive[Any, Any]) -> bool:
+    """Say whether somebody has put another ``execute`` in the place of the step's own: a test's patch, a decorator.
+
+    Asked where a step is composed or run, not at every call inside a workflow that is composed already.
+    """
+    kind = type(step)
+    return "execute" in step.__dict__ or getattr(kind.execute, "_runs", None) is not kind._run
+
+
 def _is_mocked_function(candidate: object) -> bool:
     """Say whether *candidate* is a mock of unittest's on which nobody has set up an ``execute``.
 
@@ -450,14 +468,6 @@ def _is_mocked_function(candidate: object) -> bool:
         return False
     parts = vars(candidate)
     return "execute" not in parts.get("_mock_children", ()) and "execute" not in (parts.get("_mock_methods") or ())
-
-
-def step_name(candidate: object) -> str:
-    """Return the name by which people know a step: its own, its function's, or its class's."""
-    while isinstance(candidate, functools.partial):
-        candidate = candidate.func
-    name = getattr(candidate, "name", None) or getattr(candidate, "__qualname__", None)
-    return name if isinstance(name, str) else type(candidate).__qualname__
 
 
 def shown(thing: object) -> str:
@@ -523,7 +533,7 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
     two = not isinstance(function, type) and (
         sum(p.default is p.empty for p in positional) == 2
         or (len(positional) >= 2 and positional[1].name in _CONTEXT_NAMES)
-        or any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+        or (not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()))
     )
     try:
         signature.bind(*((None, None) if two else (None,)))
@@ -730,7 +740,7 @@ def told(step: WorkflowPrimitive[Any, Any]) -> Callable[[Any, WorkflowContext], 
 
 
 async def _tell(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowContext) -> Any:
-    name, clock = step_name(step), context.clock
+    name, clock = call_name(step), context.clock
     emit = events.bus.emit
     if emit is not None:
         emit(events.StepStarted(step=name, correlation_id=context.correlation_id))

@@ -8,8 +8,9 @@ from typing import Any
 from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, shown, step_name, told
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, shown, told
 from tta_sync.primitives.core.branches import run_windowed
+from tta_sync.primitives.core.naming import call_name
 from tta_sync.primitives.core.parallel import OnError, check_concurrency, check_on_error
 
 
@@ -59,7 +60,7 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In] | AsyncIterable[In], list[Out]
                 raise TypeError(f"{self!r} needs a collection of items, not {kind}: put it in a list") from None
             items = list(iterator)
         total = len(items)
-        name, run = step_name(self.step), told(self.step) if events.bus.emit is not None else self.step._run
+        name, run = call_name(self.step), told(self.step) if events.bus.emit is not None else self.step._run
 
         def progress(left: int, failed: int) -> None:
             emit = events.bus.emit

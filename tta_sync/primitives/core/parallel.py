@@ -17,15 +17,17 @@ from tta_sync.primitives.core.base import (
     as_primitive,
     several,
     shown,
-    step_name,
     told,
 )
 from tta_sync.primitives.core.branches import run_all, run_windowed
 from tta_sync.primitives.core.composition import children_of, warn_user
+from tta_sync.primitives.core.naming import call_name
 from tta_sync.primitives.core.options import is_count
 
 if TYPE_CHECKING:
-    from tta_sync.primitives.core.base import Foreign
+    import functools
+
+    from tta_sync.primitives.core.base import Foreign, _ContextFunction, _Function
     from tta_sync.primitives.core.diagram import Outline
 
 
@@ -79,7 +81,7 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         check_concurrency(max_concurrency)
         self.on_error = on_error
         self.max_concurrency = max_concurrency
-        self._starts = tuple((step_name(branch), branch._run) for branch in self.branches)
+        self._starts = tuple((call_name(branch), branch._run) for branch in self.branches)
         # Who asks for one at a time knows: the same input for each, and their results in a list.
         if len(self.branches) > 1 and max_concurrency != 1 and all(map(_only_caller, self.branches)):
             warn_user(
@@ -96,6 +98,8 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         # A parallel grows: `a | b | c` has three results, not a list in a list.
 
         @overload  # type: ignore[override]
+        def __or__(self, other: ParallelPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
+        @overload
         def __or__(self, other: WorkflowPrimitive[In, Next]) -> ParallelPrimitive[In, Out | Next]: ...
         @overload
         def __or__(
@@ -110,6 +114,20 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
         @overload
         def __or__(self, other: Foreign) -> ParallelPrimitive[In, Any]: ...
         def __or__(self, other: Any) -> Any: ...
+
+        @overload  # type: ignore[override]
+        def __ror__(self, other: _ContextFunction[In, Awaitable[Next]]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _Function[In, Awaitable[Next]]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _ContextFunction[In, Next]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: _Function[In, Next]) -> ParallelPrimitive[In, Next | Out]: ...
+        @overload
+        def __ror__(self, other: functools.partial[Any]) -> ParallelPrimitive[In, Any]: ...
+        @overload
+        def __ror__(self, other: Foreign) -> ParallelPrimitive[In, Any]: ...
+        def __ror__(self, other: Any) -> Any: ...
 
     @property
     def primitives(self) -> list[WorkflowPrimitive[Any, Any]]:

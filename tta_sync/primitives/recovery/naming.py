@@ -1,26 +1,12 @@
-"""What people call a step that is wrapped: events and errors speak of the call, not of what stands around it."""
+"""A name that every process has for the same step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives.core.base import LambdaPrimitive, WorkflowPrimitive, step_name
-from tta_sync.primitives.core.composition import children_of
-
-
-def call_name(step: WorkflowPrimitive[Any, Any]) -> str:
-    """Return the name of *step*; of a wrapper without one, that of what it wraps."""
-    return step_name(_called(step))
-
-
-def _called(step: WorkflowPrimitive[Any, Any]) -> WorkflowPrimitive[Any, Any]:
-    while not step.name:
-        parts = children_of(step)
-        if not parts or (len(parts) > 1 and type(step).strategy not in ("fallback", "timeout")):
-            break
-        step = parts[0]
-    return step
+from tta_sync.primitives.core.base import LambdaPrimitive, WorkflowPrimitive
+from tta_sync.primitives.core.naming import call_name as call_name, called, step_name
 
 
 def shared_name(step: WorkflowPrimitive[Any, Any], what: str) -> str:
@@ -29,9 +15,9 @@ def shared_name(step: WorkflowPrimitive[Any, Any], what: str) -> str:
     Raises:
         ConfigurationError: there is none; *what* needs a name of its own.
     """
-    called = _called(step)
-    if called.name and not (isinstance(called, LambdaPrimitive) and called.name == step_name(called.func)):
-        return called.name
+    inner = called(step)
+    if inner.name and not (isinstance(inner, LambdaPrimitive) and inner.name == step_name(inner.func)):
+        return inner.name
     from tta_sync.primitives.performance.cache import describe
 
     text = describe(step)
