@@ -107,8 +107,13 @@ def test_async_key_function_is_refused_when_the_cache_is_built(step: Any) -> Non
 
     async def key(data: Any, context: Any) -> Any: ...
 
+    class Key:
+        async def __call__(self, data: Any) -> Any: ...
+
     with pytest.raises(ConfigurationError, match="cache_key_fn must be a plain function"):
         CachePrimitive(step, key)
+    with pytest.raises(ConfigurationError, match="cache_key_fn must be a plain function"):
+        CachePrimitive(step, Key())
     with pytest.raises(ConfigurationError, match="tags must be a plain function"):
         CachePrimitive(step, tags=key)  # type: ignore[arg-type]  # that is the point
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import math
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -635,6 +637,50 @@ def test_options_that_make_no_sense_are_refused_with_the_remedy(options: dict[st
     """Each mistake is told at construction."""
     with pytest.raises(ConfigurationError, match=said):
         limited(Log(), **{"rate": 1.0, **options})
+
+
+async def user_of(data: Any) -> Any:
+    return data
+
+
+class UserOf:
+    async def __call__(self, data: Any) -> Any:
+        return data
+
+
+async def users_of(data: Any) -> Any:
+    yield data
+
+
+@pytest.mark.parametrize(
+    "key", [user_of, partial(user_of), UserOf(), partial(UserOf()), users_of], ids=lambda key: type(key).__name__
+)
+def test_async_key_is_refused_when_built(key: Any) -> None:
+    """Each coroutine would be a key of its own, and nothing limited."""
+    with pytest.raises(ConfigurationError, match=r"is async.* make it a plain function"):
+        limited(Log(), 1.0, key=key)
+
+
+@pytest.mark.parametrize("mode", ["reject", "wait"])
+def test_key_to_be_awaited_is_refused_when_it_comes(mode: Any) -> None:
+    """What only the call can show is told there; the coroutine is closed, and no call is made."""
+    log = Log()
+    coroutines: list[Any] = []
+
+    def key(data: Any) -> Any:
+        coroutines.append(user_of(data))
+        return coroutines[-1]
+
+    with pytest.raises(ConfigurationError, match="the key of the rate limit api is a coroutine"):
+        run(limited(log, 1.0, key=key, mode=mode), FakeClock())
+    assert inspect.getcoroutinestate(coroutines[0]) == inspect.CORO_CLOSED
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(ConfigurationError, match="is a Future"):
+            run(limited(log, 1.0, key=lambda data: loop.create_future(), mode=mode), FakeClock())
+    finally:
+        loop.close()
+    assert not log.calls
 
 
 def test_event_tells_of_each_rejection(workflow_events: list[events.Event]) -> None:

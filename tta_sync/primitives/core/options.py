@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 from tta_sync.exceptions import ConfigurationError
@@ -21,6 +24,14 @@ def is_number(value: Any) -> TypeGuard[float]:
 def is_count(value: Any, least: int) -> TypeGuard[int]:
     """Say whether *value* is a whole number, *least* or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Say whether calling *function* gives something to await or to iterate over, and no answer."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    forms = (function, type(function).__call__)
+    return any(inspect.iscoroutinefunction(form) or inspect.isasyncgenfunction(form) for form in forms)
 
 
 def error_types(option: str, given: ErrorTypes) -> tuple[type[BaseException], ...]:

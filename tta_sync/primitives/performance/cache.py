@@ -31,6 +31,7 @@ from tta_sync.primitives.core.base import (
     step_name,
 )
 from tta_sync.primitives.core.composition import check_composition, children_of
+from tta_sync.primitives.core.options import is_async
 from tta_sync.primitives.core.sequential import SequentialPrimitive
 from tta_sync.primitives.performance.flights import Flight, Flights
 from tta_sync.primitives.performance.in_memory import MemoryLayer
@@ -633,7 +634,7 @@ def _two_arguments(name: str, function: Any) -> Callable[[Any, WorkflowContext],
         return None
     if not callable(function):
         raise ConfigurationError(f"{name}={function!r} is not a function: write {name}=lambda data, context: ...")
-    if inspect.iscoroutinefunction(function):
+    if is_async(function):
         raise ConfigurationError(f"{name} must be a plain function: it is asked on threads without a loop, too")
     form, two = calling_form(function)
     return form if two else lambda data, context: form(data)

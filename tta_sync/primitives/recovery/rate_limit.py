@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -14,14 +15,16 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
-from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, takes_context
+from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, takes_context
 from tta_sync.primitives.core.composition import check_composition
-from tta_sync.primitives.core.options import is_count, is_number
+from tta_sync.primitives.core.options import is_async, is_count, is_number
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.line import Line, Place, lead
 from tta_sync.primitives.recovery.naming import call_name, shared_name
 
 MAX_KEYS = 100_000
+_PLAIN_KEYS = frozenset({str, int, tuple, bytes, type(None)})
+"""What keys mostly are: no need to ask whether they are to be awaited."""
 SLACK = 1e-9
 """Seconds by which a call may come too early: whoever waits exactly as long as he was told must not be refused because
 of the last bit of a float."""
@@ -87,7 +90,8 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         primitive: the step.
         rate: calls per second; may be less than 1.
         burst: how many calls may come at once after a pause.
-        key: a function of ``(data, context)`` or ``(data)``: a limit for each value it returns; None: one for all.
+        key: a plain function of ``(data, context)`` or ``(data)``: a limit for each value it returns; None: one for
+            all.
         mode: "reject" raises when the limit is reached; "wait" waits for the call's turn, if that comes before the
             call's deadline and the timeouts around it.
         store: what the processes that share the limit have in common: a ``redis.Redis`` or ``redis.asyncio.Redis``
@@ -99,7 +103,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
     Raises:
         RateLimitedError: the limit is reached, or the wait would be too long; ``retry_after`` is in seconds.
         DeadlineExceededError: the call's deadline passed while it waited.
-        ConfigurationError: an option makes no sense.
+        ConfigurationError: an option makes no sense, *key* returned something to await.
 
     Source: GCRA, ITU-T I.371; the choice of ``fail`` after Stripe's limiter.
     """
@@ -131,6 +135,11 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
             raise ConfigurationError(f'fail is "local", "open" or "closed", not {fail!r}')
         if key is not None and not callable(key):
             raise ConfigurationError(f"key is a function of (data, context), not {key!r}: write key=lambda data: ...")
+        if key is not None and is_async(key):
+            raise ConfigurationError(
+                f"key={step_name(key)} is async, and each of its coroutines would be a key of its own: make it a plain "
+                "function, and find out what it needs in a step before"
+            )
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
         self.rate = float(rate)
         self.burst = burst
@@ -212,7 +221,15 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         key = self._key
         if key is None:
             return None
-        return key(data, context) if self._key_takes_context else key(data)
+        answer: Any = key(data, context) if self._key_takes_context else key(data)
+        if type(answer) not in _PLAIN_KEYS and inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()  # else Python complains that nobody awaited it
+            raise ConfigurationError(
+                f"the key of the rate limit {self.name} is a {type(answer).__qualname__}, new for each call, so that "
+                "nothing would be limited: key= takes a plain function that returns the key itself"
+            )
+        return cast(Hashable, answer)
 
     # ---- this process alone
 
