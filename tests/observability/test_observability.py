@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import structlog
 
 from tta_sync import events
-from tta_sync.context import WorkflowContext
+from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.events import records
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.observability import (
@@ -87,9 +88,11 @@ EVENTS: list[tuple[records.Event, str, str]] = [
         "retry_scheduled step=s attempt=1 delay=0.25 error=ValueError",
     ),
     (
-        records.RetryExhausted(step="s", attempts=3, error=ValueError("secret"), reason="no more attempts"),
-        'tta_retries_exhausted_total{reason="no more attempts",step="s"}',
-        'retry_exhausted step=s attempts=3 error=ValueError reason="no more attempts"',
+        records.RetryExhausted(
+            step="s", attempts=3, error=ValueError("secret"), reason="none is left", code="no_attempts"
+        ),
+        'tta_retries_exhausted_total{reason="no_attempts",step="s"}',
+        'retry_exhausted step=s attempts=3 error=ValueError reason="none is left" code=no_attempts',
     ),
     (
         records.StepTimedOut(step="s", timeout=1.0, detached=True),
@@ -234,6 +237,51 @@ def test_names_are_bounded(started: Callable[..., Observability], monkeypatch: p
     assert samples['tta_hedges_total{step="step2"}'] == 1.0
     assert samples['tta_hedges_total{step="other"}'] == 7.0
     assert 'tta_hedges_total{step="step3"}' not in samples
+
+
+def test_retries_that_give_up_are_counted_by_a_code_when_their_reasons_have_numbers(
+    started: Callable[..., Observability],
+) -> None:
+    """Under a deadline each reason is another text: the metric has one series for all."""
+    observability = started()
+    for deadline in (0.05, 0.06, 0.07):
+        clock = FakeClock()
+        context = WorkflowContext(clock=clock, deadline=Deadline.after(deadline, clock))
+        flow = RetryPrimitive(MockPrimitive("flaky", raise_error=ConnectionError()), backoff_strategy="constant")
+        with pytest.raises(ConnectionError):
+            asyncio.run(flow.execute("x", context))
+    told = {name: value for name, value in scrape(observability).items() if name.startswith("tta_retries_exhausted_t")}
+    assert told == {'tta_retries_exhausted_total{reason="no_time",step="flaky"}': 3.0}
+
+
+OTHER_LABELS: list[tuple[str, Callable[[str], records.Event]]] = [
+    ("circuit", lambda text: records.BreakerClosed(step=text)),
+    ("used", lambda text: records.FallbackUsed(step="s", failed="s", used=text, error=ValueError())),
+    ("reason", lambda text: records.RetryExhausted(step="s", attempts=1, error=ValueError(), reason="", code=text)),
+    ("by", lambda text: records.CallRejected(step="s", by=text, retry_after=0.0)),
+    ("layer", lambda text: records.CacheStored(step="s", ttl=1.0, layer=text)),
+    ("layer", lambda text: records.CacheHit(step="s", layer=text)),
+    ("reason", lambda text: records.CacheMiss(step="s", reason=text)),
+]
+
+
+@pytest.mark.parametrize(("label", "event"), OTHER_LABELS)
+def test_labels_have_a_bound_each_and_do_not_crowd_out_step_names(
+    started: Callable[..., Observability],
+    monkeypatch: pytest.MonkeyPatch,
+    label: str,
+    event: Callable[[str], records.Event],
+) -> None:
+    """Many values of one label end in "other", and a step that comes later still has its own name."""
+    monkeypatch.setattr(prometheus_module, "MAX_NAMES", 3)
+    observability = started()
+    for number in range(10):
+        events.bus.emit(event(f"value{number}"))  # type: ignore[misc]
+    events.bus.emit(records.HedgeStarted(step="late", delay=0.1))  # type: ignore[misc]
+    samples = scrape(observability)
+    assert samples['tta_hedges_total{step="late"}'] == 1.0
+    values = {value for name in samples for value in re.findall(rf'\b{label}="(value\d+|other)"', name)}
+    assert values == {"value0", "value1", "value2", "other"}
 
 
 def test_metrics_may_live_in_the_applications_registry(started: Callable[..., Observability]) -> None:

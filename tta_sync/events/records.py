@@ -68,11 +68,17 @@ class RetryScheduled(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryExhausted(Event):
-    """The last of ``attempts`` attempts failed with ``error``, which is raised; ``reason`` says why no more follow."""
+    """The last of ``attempts`` attempts failed with ``error``, which is raised; ``reason`` says why no more follow.
+
+    ``code`` says it in one of a few fixed words, to count by: "no_attempts" (all are made), "no_time" (the wait does
+    not fit), "fatal" (an error that no attempt mends, or that is not to be retried), "not_idempotent" (the step may
+    have had its effect), "budget" (the retry budget is spent), "stop" (the ``stop`` of the Retry says so).
+    """
 
     attempts: int
     error: BaseException
     reason: str
+    code: str = "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

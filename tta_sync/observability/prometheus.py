@@ -19,7 +19,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tta_sync")
 
 MAX_NAMES = 1000
-"""How many different step names become labels: a name made at run time must not fill the server's memory."""
+"""How many different values a label has: a name made at run time must not fill the server's memory."""
+
+
+class _Values:
+    """The values of one label; beyond MAX_NAMES of them the rest are all called "other"."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._lock = threading.Lock()  # guards _known while a new one is let in
+
+    def __call__(self, value: str) -> str:
+        if value in self._known:
+            return value
+        with self._lock:
+            if len(self._known) >= MAX_NAMES:
+                return "other"
+            self._known.add(value)
+            return value
 
 
 class PrometheusHook:
@@ -40,8 +57,6 @@ class PrometheusHook:
             for about_the_process in client.ProcessCollector, client.PlatformCollector, client.GCCollector:
                 about_the_process(registry=registry)
         self.registry = registry
-        self._names: set[str] = set()
-        self._lock = threading.Lock()  # guards _names while a new one is let in
 
         def counter(name: str, text: str, *labels: str) -> Any:
             return self._made(client.Counter(name, text, labels, registry=self.registry))
@@ -75,44 +90,50 @@ class PrometheusHook:
         restarts = counter("tta_loop_restarts", "Deaths of the event loop's thread")
         transactions = histogram("tta_transaction_held_seconds", "How long transactions were held across an await")
 
-        def missed(event: Any, step: str) -> None:
-            cache.labels(step, event.layer, "miss").inc()
-            misses.labels(step, event.layer, self._label(event.reason)).inc()
+        # One store of values for each label: what is strange in one must not crowd out the names of another.
+        step, name, used, code, by, layer, reason = (_Values() for _ in range(7))
 
-        def changed(state: str, value: int) -> Callable[[Any, str], None]:
-            def record(event: Any, step: str) -> None:
-                changes.labels(step, state).inc()
-                circuit.labels(step).set(value)
+        def looked_up(event: Any, result: str) -> None:
+            cache.labels(step(event.step), layer(event.layer), result).inc()
+
+        def missed(event: Any) -> None:
+            looked_up(event, "miss")
+            misses.labels(step(event.step), layer(event.layer), reason(event.reason)).inc()
+
+        def changed(state: str, value: int) -> Callable[[Any], None]:
+            def record(event: Any) -> None:
+                changes.labels(name(event.step), state).inc()
+                circuit.labels(name(event.step)).set(value)
 
             return record
 
-        self._records: dict[str, Callable[[Any, str], None]] = {
-            "StepEnded": lambda e, step: steps.labels(step, _outcome(e.error)).observe(e.seconds),
-            "RetryScheduled": lambda e, step: retries.labels(step).inc(),
-            "RetryExhausted": lambda e, step: exhausted.labels(step, self._label(e.reason)).inc(),
-            "StepTimedOut": lambda e, step: timeouts.labels(step, str(e.detached).lower()).inc(),
-            "FallbackUsed": lambda e, step: fallbacks.labels(step, self._label(e.used)).inc(),
+        self._records: dict[str, Callable[[Any], None]] = {
+            "StepEnded": lambda e: steps.labels(step(e.step), _outcome(e.error)).observe(e.seconds),
+            "RetryScheduled": lambda e: retries.labels(step(e.step)).inc(),
+            "RetryExhausted": lambda e: exhausted.labels(step(e.step), code(e.code)).inc(),
+            "StepTimedOut": lambda e: timeouts.labels(step(e.step), str(e.detached).lower()).inc(),
+            "FallbackUsed": lambda e: fallbacks.labels(step(e.step), used(e.used)).inc(),
             "BreakerClosed": changed("closed", 0),
             "BreakerHalfOpened": changed("half_open", 1),
             "BreakerOpened": changed("open", 2),
-            "CallRejected": lambda e, step: rejected.labels(step, e.by).inc(),
-            "HedgeStarted": lambda e, step: hedges.labels(step).inc(),
-            "CompensationFailed": lambda e, step: compensations.labels(step).inc(),
-            "MapProgressed": lambda e, step: items.labels(step).inc(),
-            "CacheHit": lambda e, step: cache.labels(step, e.layer, "stale" if e.stale else "hit").inc(),
+            "CallRejected": lambda e: rejected.labels(step(e.step), by(e.by)).inc(),
+            "HedgeStarted": lambda e: hedges.labels(step(e.step)).inc(),
+            "CompensationFailed": lambda e: compensations.labels(step(e.step)).inc(),
+            "MapProgressed": lambda e: items.labels(step(e.step)).inc(),
+            "CacheHit": lambda e: looked_up(e, "stale" if e.stale else "hit"),
             "CacheMiss": missed,
-            "CacheBypassed": lambda e, step: cache.labels(step, e.layer, "bypass").inc(),
-            "CacheStored": lambda e, step: stores.labels(step, e.layer).inc(),
-            "LoopStalled": lambda e, step: stalls.observe(e.seconds),
-            "CallOrphaned": lambda e, step: orphans.inc(),
-            "LoopRestarted": lambda e, step: restarts.inc(),
-            "TransactionHeld": lambda e, step: transactions.observe(e.seconds),
+            "CacheBypassed": lambda e: looked_up(e, "bypass"),
+            "CacheStored": lambda e: stores.labels(step(e.step), layer(e.layer)).inc(),
+            "LoopStalled": lambda e: stalls.observe(e.seconds),
+            "CallOrphaned": lambda e: orphans.inc(),
+            "LoopRestarted": lambda e: restarts.inc(),
+            "TransactionHeld": lambda e: transactions.observe(e.seconds),
         }
 
     def __call__(self, event: Event) -> None:
         record = self._records.get(type(event).__name__)
         if record is not None:
-            record(event, self._label(event.step))
+            record(event)
 
     def close(self) -> None:
         """Take the metrics out of the registry."""
@@ -122,15 +143,6 @@ class PrometheusHook:
     def _made(self, collector: Any) -> Any:
         self._collectors.append(collector)
         return collector
-
-    def _label(self, name: str) -> str:
-        if name in self._names:
-            return name
-        with self._lock:
-            if len(self._names) >= MAX_NAMES:
-                return "other"
-            self._names.add(name)
-            return name
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -885,7 +885,40 @@ def test_events_tell_of_each_retry_and_of_the_end(workflow_events: list[events.E
         attempts=2,
         error=error,
         reason="no attempts are left",
+        code="no_attempts",
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "options"),
+    [
+        ("no_attempts", ConnectionError(), {"max_retries": 1}),
+        ("no_time", RateLimitedError("limiter", 70.0), {}),
+        ("no_time", RateLimitedError("limiter", 7.25), {"deadline": 3.0}),
+        ("no_time", Asking(4000.0), {}),
+        ("fatal", TypeError(), {}),
+        ("fatal", OSError(), {"give_up_on": OSError}),
+        ("fatal", OSError(), {"retry_on": KeyError}),
+        ("fatal", OSError(), {"retry": tenacity.retry_never}),
+        ("not_idempotent", OSError(), {"idempotent": False}),
+        ("budget", OSError(), {"budget": 1}),
+        ("stop", OSError(), {"stop": tenacity.stop_after_attempt(1)}),
+    ],
+)
+def test_end_is_told_by_a_fixed_code_beside_the_text(
+    code: str, error: Exception, options: dict[str, Any], workflow_events: list[events.Event]
+) -> None:
+    """The text has numbers and names in it; the code is one of six words."""
+    options = dict(options)
+    attributes = {key: options.pop(key) for key in ("idempotent",) if key in options}
+    deadline = options.pop("deadline", None)
+    if "budget" in options:
+        options["budget"] = RetryBudget(max=options["budget"])
+    with pytest.raises(type(error)):
+        run(RetryPrimitive(failing(error, **attributes), **options), deadline)
+    last = workflow_events[-1]
+    assert isinstance(last, events.RetryExhausted)
+    assert last.code == code
 
 
 class Known(WorkflowPrimitive[Any, Any]):

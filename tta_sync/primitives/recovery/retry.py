@@ -282,10 +282,18 @@ def replayable(step: WorkflowPrimitive[Any, Any]) -> str:
 
 
 class Verdict(NamedTuple):
-    """What to do after a failure: wait ``delay`` seconds and try again, or raise because of ``reason``."""
+    """What to do after a failure: wait ``delay`` seconds and try again, or raise because of ``reason``.
+
+    ``code`` is the reason as one of a few fixed words, which metrics count by.
+    """
 
     delay: float
     reason: str = ""
+    code: str = ""
+
+
+def _no_more(code: str, reason: str) -> Verdict:
+    return Verdict(0.0, reason, code)
 
 
 def fit(delay: float, asked: float, now: float, end: float | None, cap: float, rejected: bool) -> Verdict:
@@ -293,11 +301,11 @@ def fit(delay: float, asked: float, now: float, end: float | None, cap: float, r
     wait = max(delay, asked)
     if end is None:
         if rejected and asked > cap:
-            return Verdict(0.0, f"{asked:.3g} s to wait is more than the longest back-off, {cap:g} s")
+            return _no_more("no_time", f"{asked:.3g} s to wait is more than the longest back-off, {cap:g} s")
         if asked > LONGEST_WAIT:
-            return Verdict(0.0, f"{asked:.3g} s to wait is too long")
+            return _no_more("no_time", f"{asked:.3g} s to wait is too long")
     elif now + wait >= end:
-        return Verdict(0.0, f"{wait:.3g} s to wait do not fit the {max(0.0, end - now):.3g} s that remain")
+        return _no_more("no_time", f"{wait:.3g} s to wait do not fit the {max(0.0, end - now):.3g} s that remain")
     return Verdict(wait)
 
 
@@ -471,7 +479,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                         broken.__context__ = error  # and the one that it was asked about is told with it
                     raise
                 if verdict.reason:
-                    self._give_up(error, attempt, history, verdict.reason, context)
+                    self._give_up(error, attempt, history, verdict, context)
                     raise error
                 if events.bus.emit is not None:
                     events.bus.emit(
@@ -497,16 +505,18 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         self, error: Exception, refused: bool, attempt: int, state: RetryCallState | None, context: WorkflowContext
     ) -> Verdict:
         """Decide what follows on a failure."""
+        code = "fatal"
         reason = "" if refused or _asks_to_try_again(error) else await self._fatal(error, state)
         if not reason and self._replayable is not ANY:
             proven = self._replayable is NOT_SENT and not refused and isinstance(error, self._not_sent)
             if not proven:
+                code = "not_idempotent"
                 reason = "the step is declared idempotent=False and may have had its effect"
         allowed = self._budget is None or self._budget.failed()
         if reason:
-            return Verdict(0.0, reason)
+            return _no_more(code, reason)
         if self._stop is None and attempt > self.max_retries:
-            return Verdict(0.0, "no attempts are left")
+            return _no_more("no_attempts", "no attempts are left")
 
         if self._wait is None:
             delay = self._backoff(attempt - 1, self._chance)
@@ -516,9 +526,9 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         if state is not None:
             state.upcoming_sleep = max(delay, asked)
         if self._stop is not None and await _value_of(self._stop(state)):  # type: ignore[arg-type]
-            return Verdict(0.0, f"{step_name(self._stop)} says stop")
+            return _no_more("stop", f"{step_name(self._stop)} says stop")
         if not allowed:
-            return Verdict(0.0, "the retry budget is spent")
+            return _no_more("budget", "the retry budget is spent")
         return fit(delay, asked, context.clock.monotonic(), cut_off(context), self.cap, isinstance(error, REJECTIONS))
 
     async def _fatal(self, error: Exception, state: RetryCallState | None) -> str:
@@ -562,8 +572,9 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         return state
 
     def _give_up(
-        self, error: Exception, attempts: int, history: list[str], reason: str, context: WorkflowContext
+        self, error: Exception, attempts: int, history: list[str], verdict: Verdict, context: WorkflowContext
     ) -> None:
+        reason = verdict.reason
         if history:
             earlier = "; ".join(history[-5:])
             note(error, f"gave up after {attempts} attempts: {reason}; earlier attempts: {earlier}")
@@ -577,6 +588,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                     attempts=attempts,
                     error=error,
                     reason=reason,
+                    code=verdict.code,
                 )
             )
 
