@@ -314,6 +314,14 @@ class UrlError(Exception):
         self.headers = headers
 
 
+class BothError(HttpError):
+    """Has the headers of a response, and some of its own."""
+
+    def __init__(self, responses: Any, own: Any) -> None:
+        super().__init__(responses)
+        self.headers = own
+
+
 NOW = 1_700_000_000.0
 
 
@@ -342,6 +350,10 @@ NOW = 1_700_000_000.0
         (HttpError({}), 0.0),
         (HttpError(None), 0.0),
         (UrlError({"Retry-After": "8"}), 8.0),
+        (BothError({}, {"Retry-After": "8"}), 8.0),
+        (BothError(None, {"Retry-After": "8"}), 8.0),
+        (BothError({"Retry-After": "soon"}, {"Retry-After": "8"}), 8.0),
+        (BothError({"Retry-After": "6"}, {"Retry-After": "8"}), 6.0),
         (UrlError("no mapping"), 0.0),
         (Raising(), 0.0),
         (ValueError(), 0.0),

@@ -155,17 +155,19 @@ def retry_after_of(error: BaseException, wall_clock: Callable[[], float]) -> flo
     """Return the seconds for which *error* asks not to be called again; 0.0 where it does not say.
 
     Read from ``error.retry_after`` (seconds, or what a Retry-After header may hold), else from the header itself, in
-    ``error.response.headers`` as httpx and requests leave it there, or in ``error.headers`` as urllib and aiohttp do.
+    ``error.response.headers`` as httpx and requests leave it there, else in ``error.headers`` as urllib and aiohttp do.
     """
     try:
         asked = getattr(error, "retry_after", None)
-        if asked is None:
-            source = getattr(error, "response", None)
-            headers = getattr(error if source is None else source, "headers", None)
-            if headers is None:
-                return 0.0
-            asked = headers.get("Retry-After") or headers.get("retry-after")
-        return _seconds(asked, wall_clock)
+        if asked is not None:
+            return _seconds(asked, wall_clock)
+        for source in (getattr(error, "response", None), error):
+            headers = getattr(source, "headers", None)
+            if headers is not None:
+                seconds = _seconds(headers.get("Retry-After") or headers.get("retry-after"), wall_clock)
+                if seconds:
+                    return seconds
+        return 0.0
     except Exception:
         return 0.0  # a property of a stranger's error that raises is no answer, and must not hide the error
 
