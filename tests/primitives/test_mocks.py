@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import unittest
 from typing import Any
+from unittest.mock import DEFAULT
 
 import pytest
 
@@ -76,6 +77,38 @@ def test_mock_is_refused_with_two_behaviours() -> None:
     """side_effect and raise_error together have no meaning."""
     with pytest.raises(ConfigurationError, match="not both"):
         MockPrimitive(side_effect=doubled, raise_error=ValueError())
+
+
+@pytest.mark.parametrize("before", [None, doubled, [1], ValueError])
+def test_side_effect_may_be_set_anew_at_any_time(before: Any) -> None:
+    """A list, a function, an exception or nothing takes the place of what was there, as on unittest's mocks."""
+    mock = MockPrimitive(return_value="value", side_effect=before)
+    mock.side_effect = [7, DEFAULT, KeyError, 8]
+    assert (run(mock), run(mock)) == (7, "value")
+    with pytest.raises(KeyError):
+        run(mock)
+    assert next(mock.side_effect) == 8  # it stands at the next answer
+    mock.side_effect = doubled
+    assert run(mock) == "xx"
+    mock.side_effect = ValueError("mine")
+    with pytest.raises(ValueError, match="mine"):
+        run(mock)
+    mock.side_effect = lambda data: DEFAULT
+    assert run(mock) == "value"
+    mock.side_effect = None
+    assert run(mock) == "value"
+
+
+def test_side_effect_that_is_none_is_refused_with_the_remedy() -> None:
+    """A plain value belongs into return_value; and one beside raise_error would never be asked."""
+    with pytest.raises(ConfigurationError, match="write return_value=5"):
+        MockPrimitive(side_effect=5)  # type: ignore[arg-type]
+    mock = MockPrimitive(raise_error=KeyError)
+    with pytest.raises(ConfigurationError, match="set raise_error to None first"):
+        mock.side_effect = [1]
+    mock.raise_error = None
+    mock.side_effect = [1]
+    assert run(mock) == 1
 
 
 # ---- what it remembers --------------------------------------------------------------------------------------------

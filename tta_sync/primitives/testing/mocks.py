@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import WorkflowPrimitive, calling_form
+
+SideEffect = Callable[..., Any] | Iterable[Any] | BaseException | type[BaseException] | None
 
 
 class MockPrimitive(WorkflowPrimitive[Any, Any]):
@@ -18,34 +21,52 @@ class MockPrimitive(WorkflowPrimitive[Any, Any]):
         name: what reprs and messages call it.
         return_value: what a call returns.
         side_effect: ``side_effect(data, context)`` or ``side_effect(data)``, plain or async, whose result is
-            returned; or an exception to raise; or an iterable, of which each call returns, or raises, the next.
+            returned; or an exception to raise; or an iterable, of which each call returns, or raises, the next. As an
+            attribute it can be set anew at any time; None ends it. ``unittest.mock.DEFAULT`` as a result stands for
+            *return_value*.
         raise_error: an exception, or its class, that every call raises.
 
     ``call_count``, ``calls`` (a list of ``(data, context)``), ``last_input`` and ``last_context`` tell of the calls.
 
     Raises:
-        ConfigurationError: both *raise_error* and *side_effect* are given.
+        ConfigurationError: both *raise_error* and *side_effect* are given; or *side_effect* is none of these.
 
-    Source: TTA.dev's MockPrimitive; iterables as unittest.mock has them.
+    Source: TTA.dev's MockPrimitive; ``side_effect`` as unittest.mock has it.
     """
 
     def __init__(
         self,
         name: str = "mock",
         return_value: Any = None,
-        side_effect: Callable[..., Any] | Iterable[Any] | BaseException | type[BaseException] | None = None,
+        side_effect: SideEffect = None,
         raise_error: BaseException | type[BaseException] | None = None,
     ) -> None:
-        if side_effect is not None and raise_error is not None:
-            raise ConfigurationError("a mock has either a side_effect or a raise_error, not both")
         self.name = name
         self.return_value = return_value
-        self.side_effect = side_effect
         self.raise_error = raise_error
+        self.side_effect = side_effect
         self.calls: list[tuple[Any, WorkflowContext]] = []
-        self._answers: Iterator[Any] | None = None
-        if side_effect is not None and not callable(side_effect) and not isinstance(side_effect, BaseException):
-            self._answers = iter(side_effect)
+
+    @property
+    def side_effect(self) -> Any:
+        """What a call does; of an iterable, the iterator that stands at the next answer."""
+        return self._side_effect
+
+    @side_effect.setter
+    def side_effect(self, effect: SideEffect) -> None:
+        if effect is not None and self.raise_error is not None:
+            raise ConfigurationError(
+                "a mock has either a side_effect or a raise_error, not both: set raise_error to None first"
+            )
+        if effect is not None and not callable(effect) and not isinstance(effect, BaseException):
+            try:
+                effect = iter(effect)
+            except TypeError:
+                raise ConfigurationError(
+                    f"side_effect is a function, an exception or an iterable of answers, not {effect!r}: "
+                    f"for one answer to every call write return_value={effect!r}"
+                ) from None
+        self._side_effect: SideEffect = effect
 
     async def _run(self, data: Any, context: WorkflowContext) -> Any:
         self.calls.append((data, context))
@@ -54,20 +75,22 @@ class MockPrimitive(WorkflowPrimitive[Any, Any]):
         effect = self.side_effect
         if effect is None:
             return self.return_value
-        if self._answers is not None:
-            answer = next(self._answers, _NOTHING)
+        if _is_error(effect):
+            raise effect
+        if callable(effect):
+            function, takes_context = calling_form(effect)
+            answer = function(data, context) if takes_context else function(data)
+            if inspect.isawaitable(answer):
+                answer = await answer
+        else:
+            answer = next(effect, _NOTHING)
             if answer is _NOTHING:
                 raise AssertionError(
                     f"{self.name} was called {self.call_count} times; its side_effect has fewer answers"
                 )
             if _is_error(answer):
                 raise answer
-            return answer
-        if _is_error(effect):
-            raise effect
-        function, takes_context = calling_form(effect)  # type: ignore[arg-type]  # all else is dealt with above
-        result = function(data, context) if takes_context else function(data)
-        return await result if inspect.isawaitable(result) else result
+        return self.return_value if _is_default(answer) else answer
 
     @property
     def call_count(self) -> int:
@@ -112,6 +135,11 @@ class MockPrimitive(WorkflowPrimitive[Any, Any]):
 
 
 _NOTHING = object()
+
+
+def _is_default(answer: object) -> bool:
+    mock = sys.modules.get("unittest.mock")  # whoever answers with its DEFAULT has imported it
+    return mock is not None and answer is mock.DEFAULT
 
 
 def _is_error(answer: object) -> TypeGuard[BaseException | type[BaseException]]:
