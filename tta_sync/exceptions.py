@@ -23,7 +23,7 @@ processes. Durations are seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "BulkheadFullError",
@@ -92,6 +92,9 @@ class WorkflowError(TTASyncError):
 class _TimeoutBase(WorkflowError, TimeoutError):
     """A TimeoutError is an OSError, which takes two arguments for errno and text: keep ours out of its reach."""
 
+    before_call: bool = False
+    """True: the time was up before the step was called, so the error tells nothing about the step."""
+
     _arguments: tuple[Any, ...]
 
     def __init__(self, message: str, *arguments: Any) -> None:
@@ -123,6 +126,15 @@ class DeadlineExceededError(_TimeoutBase):
         of = "" if deadline is None else f" of {deadline:g} s"
         super().__init__(f"the call's deadline{of} has passed", deadline)
         self.deadline = deadline
+
+
+_Late = TypeVar("_Late", bound=_TimeoutBase)
+
+
+def not_called(error: _Late) -> _Late:
+    """Mark *error* as raised before the step was called, and return it."""
+    error.before_call = True
+    return error
 
 
 class CircuitOpenError(WorkflowError):

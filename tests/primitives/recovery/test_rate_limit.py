@@ -227,6 +227,27 @@ def test_late_loop_does_not_let_a_crowd_through() -> None:
     check_bound(log.moments, 1.0, 1)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_call_that_is_cut_while_it_waits_for_its_turn_was_not_made(shared: bool) -> None:
+    """The cancellation says ``before_call``: a breaker around has nothing to count."""
+    log, clock = Log(), FakeClock(autojump_threshold=None)
+
+    async def main() -> None:
+        context = WorkflowContext(clock=clock)
+        api = limited(log, 1.0, mode="wait", store=Store(0.0, 1.0) if shared else None)
+        await api.execute(0, context)
+        task = asyncio.ensure_future(api.execute(1, context))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert getattr(caught.value, "before_call", None) is True
+
+    asyncio.run(main())
+    assert len(log.calls) == 1
+
+
 def test_call_is_refused_when_those_before_it_were_late() -> None:
     """In line it looks again: what no longer fits is not waited for, whether at the head or behind."""
     clock = FakeClock(autojump_threshold=None)
@@ -248,8 +269,9 @@ def test_call_is_refused_when_those_before_it_were_late() -> None:
                 await asyncio.sleep(0)
         assert ahead.done()
         await asyncio.wait(late)
-        errors = [type(task.exception()) for task in late]
-        assert errors == [DeadlineExceededError, RateLimitedError, DeadlineExceededError]
+        errors = [task.exception() for task in late]
+        assert list(map(type, errors)) == [DeadlineExceededError, RateLimitedError, DeadlineExceededError]
+        assert [getattr(error, "before_call", None) for error in errors] == [True, None, True]
 
     asyncio.run(main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import itertools
 import math
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
-from tta_sync.exceptions import ConfigurationError, RateLimitedError
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, RateLimitedError, not_called
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, step_name, takes_context
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_async, is_count, is_number
@@ -211,10 +212,15 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         raise self._refusal(wait, context)
 
     async def _limited(self, data: In, context: WorkflowContext) -> Out:
-        if self._store is None:
-            await self._take(self._key_of(data, context), context)
-        else:
-            await self._ask(self._store, self._key_of(data, context), context)
+        key = self._key_of(data, context)
+        try:
+            if self._store is None:
+                await self._take(key, context)
+            else:
+                await self._ask(self._store, key, context)
+        except asyncio.CancelledError as cancelled:
+            cancelled.before_call = True  # type: ignore[attr-defined]  # a breaker around asks: nothing has failed
+            raise
         return await self._inner(data, context)
 
     def _key_of(self, data: In, context: WorkflowContext) -> Hashable:
@@ -271,7 +277,7 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
                         return
                 if not place.called or not in_time:  # those before it were late, or the loop was
                     if context.deadline is not None and context.deadline.at <= now:
-                        context.deadline.raise_exceeded()
+                        raise not_called(DeadlineExceededError(context.deadline.seconds))
                     raise self._refusal(wait, context)
                 await clock.sleep(wait)
         finally:
