@@ -28,12 +28,20 @@ from tta_sync.context import (
     cut_off,
     time_limit,
 )
-from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError, copy_error
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step, thread_step
 from tta_sync.primitives.core.composition import CompositionWarning
+from tta_sync.primitives.core.mapping import MapPrimitive
 from tta_sync.primitives.core.parallel import ParallelPrimitive
 from tta_sync.primitives.performance import CachePrimitive
-from tta_sync.primitives.recovery import FallbackPrimitive, SagaPrimitive, TimeoutPrimitive, timeout as module
+from tta_sync.primitives.recovery import (
+    FallbackPrimitive,
+    HedgePrimitive,
+    SagaPrimitive,
+    TimeoutPrimitive,
+    hedge as hedge_module,
+    timeout as module,
+)
 from tta_sync.testing import FakeClock
 
 
@@ -623,6 +631,33 @@ def test_time_limit_is_a_plain_moment_for_everybody_else() -> None:
     assert contextvars.copy_context().run(lambda: (time_limit.set(limit), cancel_reason(WorkflowContext()))[1]) is None
 
 
+def test_error_says_so_when_the_step_was_not_called() -> None:
+    """``before_call``: the time was up before; kept through pickle and copy, and False for a call that was cut."""
+    calls: list[Any] = []
+    work = TimeoutPrimitive(calls.append, 1.0, name="work")
+    with pytest.raises(DeadlineExceededError) as passed:
+        run(work, deadline=0.0)
+
+    async def after_the_limit() -> None:
+        context = WorkflowContext(clock=FakeClock())
+        time_limit.set(context.clock.monotonic() - 1.0)
+        await work.execute("x", context)
+
+    with pytest.raises(StepTimeoutError, match="had already passed") as late:
+        asyncio.run(after_the_limit())
+    assert not calls
+    for error in (passed.value, late.value):
+        assert error.before_call is True
+        assert pickle.loads(pickle.dumps(error)).before_call is True
+        assert copy_error(error).before_call is True  # type: ignore[attr-defined]
+    with pytest.raises(StepTimeoutError) as own:
+        run(TimeoutPrimitive(HANG, 1.0))
+    with pytest.raises(DeadlineExceededError) as inherited:
+        run(TimeoutPrimitive(HANG, 2.0), deadline=1.0)
+    assert (own.value.before_call, inherited.value.before_call) == (False, False)
+    assert pickle.loads(pickle.dumps(own.value)).before_call is False
+
+
 # ---- steps that will not stop -----------------------------------------
 
 
@@ -736,12 +771,85 @@ def test_orphan_of_a_call_is_counted_by_its_facade(
     assert orphaned.step.endswith("stubborn")
 
 
+class Composite(WorkflowPrimitive[Any, Any]):
+    def __init__(self, inner: WorkflowPrimitive[Any, Any]) -> None:
+        self.inner = inner
+
+    async def execute(self, data: Any, context: WorkflowContext) -> Any:
+        return await self.inner.execute(data, context)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name", "place"),
+    [
+        (lambda work: ParallelPrimitive([work, work]), "ParallelPrimitive", ""),
+        (lambda work: MapPrimitive(work), "work", "swallow"),
+        (lambda work: HedgePrimitive(work, delay=0.1, idempotent=True), "work", "swallow"),
+        (lambda work: Composite(work | work), "Composite.execute", "execute"),
+    ],
+)
+def test_orphan_is_called_by_the_step_when_it_waits_inside_a_primitive(
+    wrap: Any,
+    name: str,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workflow_events: list[events.Event],
+) -> None:
+    """Where no frame of the user's shows, the step's own name and place stand, and nobody is accused of swallowing."""
+    clock = FakeClock()
+    work = step(swallower([], 5.0), name="work")
+
+    async def main() -> None:
+        with pytest.raises(
+            StepTimeoutError, match=r"; it had not ended 1 s after its cancellation; it was left behind"
+        ):
+            await TimeoutPrimitive(wrap(work), 1.0).execute([1, 2], WorkflowContext(clock=clock))
+        await asyncio.wait(set(module.orphans))
+
+    monkeypatch.setattr(hedge_module, "GRACE", 60.0)  # so that the timeout is the one to leave it behind
+    with caplog.at_level(logging.WARNING, "tta_sync"):
+        asyncio.run(main())
+    (orphaned,) = [event for event in workflow_events if isinstance(event, events.CallOrphaned)]
+    assert (orphaned.step, orphaned.reason) == (name, "it had not ended 1 s after its cancellation")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "tta_sync/primitives" not in told
+    line = swallower([], 0.0).__code__.co_firstlineno
+    assert {"swallow": f"it stands at {__file__}:{line}", "execute": f"it stands at {__file__}:", "": ""}[place] in told
+    assert ("stands at" in told) == bool(place)
+
+
+@pytest.mark.parametrize("wrap", [lambda saga: saga, Composite], ids=["alone", "in a composite"])
+def test_saga_that_is_still_compensating_is_not_accused(wrap: Any, workflow_events: list[events.Event]) -> None:
+    """It is left behind like any other, but error and event say what it is at."""
+    clock = FakeClock()
+    saga = SagaPrimitive([(HANG, sleeping(10.0))], name="booking")
+
+    async def main() -> None:
+        with pytest.raises(StepTimeoutError) as caught:
+            await TimeoutPrimitive(wrap(saga), 1.0).execute("x", WorkflowContext(clock=clock))
+        assert caught.value.detail.startswith("its compensations were still running 1 s after its cancellation; it was")
+        await asyncio.wait(set(module.orphans))
+
+    asyncio.run(main())
+    (orphaned,) = [event for event in workflow_events if isinstance(event, events.CallOrphaned)]
+    assert orphaned.reason == "its compensations were still running 1 s after its cancellation"
+    assert orphaned.step == ("booking" if wrap is not Composite else "Composite.execute")
+
+
+def test_orphan_has_no_place_when_its_code_is_nobodys() -> None:
+    """A step of compiled code, or one of tta_sync's own, has no line to be told."""
+    assert module._place_of(step(len)) == ""
+    assert module._place_of(HANG | HANG) == ""
+    assert module._place_of(Composite(HANG)).startswith(f"{__file__}:")
+
+
 def test_orphan_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing that went wrong is swallowed, though nobody waits for it."""
+    """What went wrong is told, though nobody waits for it; of the error only its type: its text may hold anything."""
 
     async def stubborn(data: Any, context: WorkflowContext) -> None:
         await swallower([], 3.0)(data, context)
-        raise ValueError("after all")
+        raise ValueError("the card number")
 
     async def main() -> None:
         with pytest.raises(StepTimeoutError):
@@ -751,7 +859,8 @@ def test_orphan_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
     with caplog.at_level(logging.WARNING, "tta_sync"):
         asyncio.run(main())
-    assert "ended with ValueError('after all')" in caplog.text
+    assert "a step that was left behind ended with ValueError\n" in caplog.text
+    assert "card" not in caplog.text
 
 
 def test_orphan_can_be_cancelled_at_the_end_of_the_loop() -> None:

@@ -13,7 +13,7 @@ from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primiti
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.recovery.naming import call_name
-from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
+from tta_sync.primitives.recovery.timeout import TimeoutPrimitive, excuses
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -186,6 +186,9 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
                     step=call_name(compensation), correlation_id=context.correlation_id, error=error
                 )
             )
+
+
+excuses[SagaPrimitive._undone.__code__] = "its compensations were still running"
 
 
 class CompensationPrimitive(SagaPrimitive[In, Out]):

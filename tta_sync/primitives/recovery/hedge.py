@@ -221,7 +221,7 @@ class _Race:
                     hit = cancelled  # it waits until the losers have ended
                 losers = {task for task in losers if not task.done()}
             for loser in losers:
-                leave_behind(loser, loser.get_coro())
+                leave_behind(loser, loser.get_coro(), self._hedge.primitive)
             if hit is not None:
                 raise hit
         finally:

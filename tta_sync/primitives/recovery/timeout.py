@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK, Clock, Timer
 from tta_sync.context import Deadline, TimeLimit, WorkflowContext, current_caller, limit_in_force, time_limit
-from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError
-from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError, not_called
+from tta_sync.primitives.core.base import MISS, In, LambdaPrimitive, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition, children_of, inside, is_unbound
+from tta_sync.primitives.core.naming import call_name, called
 from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.core.threads import abandoned
-from tta_sync.primitives.recovery.naming import call_name
 
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
@@ -126,7 +126,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             if deadline.at < at:
                 at = deadline.at
                 if at <= now:
-                    deadline.raise_exceeded()
+                    raise not_called(DeadlineExceededError(deadline.seconds))
             else:
                 deadline = None
         outer = _limit_around()
@@ -135,7 +135,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 outer = limit_in_force()
             if outer is not None and outer <= at:
                 if outer <= now:
-                    raise StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
+                    name = call_name(self.primitive)
+                    raise not_called(StepTimeoutError(name, 0.0, "the limit around it had already passed"))
                 return await self._inner(data, context)  # type: ignore[no-any-return]  # who set that limit cuts first
         limit: _OwnLimit | None = None
         if deadline is None:
@@ -213,13 +214,16 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         """Say that the step took too long, or let the fallback answer."""
         fired = driver is not None and driver.fired
         error: StepTimeoutError | None = None
+        detached = ""
         try:
+            if driver is not None and driver.orphan is not None:
+                detached = leave_behind(*driver.orphan, self.primitive)
             if driver is not None and driver.withdraw():
                 # Somebody else has cancelled as well, and that comes first.
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
             if deadline is not None:
                 raise DeadlineExceededError(deadline.seconds) from cause
-            error = self._timed_out(context, driver is not None and driver.detached, blocked=not fired)
+            error = self._timed_out(context, detached, blocked=not fired)
             if self.fallback is None:
                 raise error from cause
             self._fell_back(self.fallback, context, error)
@@ -227,8 +231,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             error = cause = driver = None
         return await self.fallback._run(data, context)
 
-    def _timed_out(self, context: WorkflowContext, detached: bool, blocked: bool) -> StepTimeoutError:
-        """Note that the limit was hit, and make the error that says so."""
+    def _timed_out(self, context: WorkflowContext, detached: str, blocked: bool) -> StepTimeoutError:
+        """Note that the limit was hit, and make the error that says so; *detached* is why the step was left behind."""
         name = call_name(self.primitive)
         if self.track_timeouts:
             state = context.state
@@ -242,14 +246,14 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     step=name,
                     correlation_id=context.correlation_id,
                     timeout=self.timeout_seconds,
-                    detached=detached,
+                    detached=bool(detached),
                 )
             )
         details = []
         if blocked:
             details.append("it blocked the loop and could not be cancelled: make it a thread_step")
         if detached:
-            details.append(f"it swallowed its cancellation for {GRACE:g} s and was left behind, still running")
+            details.append(f"{detached}; it was left behind, still running")
         if self._in_thread:
             details.append("a thread cannot be interrupted: what it has begun there runs on")
             if abandoned:
@@ -423,7 +427,7 @@ class _Driver:
 
     task: Any  # None once the step has ended within its limit
     fired = False
-    detached = False
+    orphan: tuple[asyncio.Task[Any], Any] | None = None  # the step's task and coroutine, where it was left behind
     over = False
     _abandon = False
     _asked = 0  # cancellations of the task
@@ -548,12 +552,11 @@ class _Driver:
 
     def _detach(self, error: BaseException | None) -> NoReturn:
         """Let the step go on in a task of its own."""
-        self.detached = True
         orphan = self.task.get_loop().create_task(
             _go_on(self._coroutine, self._stranded, error), name=f"orphan of {self.task.get_name()}"
         )
         _rehome(self._coroutine, self.task, orphan)
-        leave_behind(orphan, self._coroutine)
+        self.orphan = orphan, self._coroutine
         raise asyncio.CancelledError
 
 
@@ -620,39 +623,75 @@ def _awaited(coroutine: Any) -> Any:
     return getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
 
 
-def leave_behind(orphan: asyncio.Task[Any], coroutine: Any) -> None:
-    """Keep a task that swallowed its cancellation until it ends of itself; count it, and say where it stands."""
+def leave_behind(orphan: asyncio.Task[Any], coroutine: Any, step: WorkflowPrimitive[Any, Any]) -> str:
+    """Keep the task of *step*, which outlived its cancellation, until it ends; count it; return why it was left."""
     orphans.add(orphan)
     orphan.add_done_callback(_orphan_ended)
     count = getattr(current_caller.get(), "step_left_behind", None)
     level = logging.DEBUG if count is not None and count() == "quietly" else logging.WARNING
-    reason = f"it swallowed its cancellation for {GRACE:g} s"
-    name, place = _where(coroutine)
-    events.logger.log(level, "%s runs on as an orphan: %s; it stands at %s", name, reason, place)
+    frame, excuse = _standing(coroutine)
+    if frame is not None:
+        name, place = frame.f_code.co_qualname, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    else:  # it waits inside a primitive, for tasks that do not show
+        name, place = call_name(step), _place_of(step)
+    if excuse:
+        reason = f"{excuse} {GRACE:g} s after its cancellation"
+    else:
+        reason = f"it swallowed its cancellation for {GRACE:g} s"
+    events.logger.log(level, "%s runs on as an orphan: %s%s", name, reason, place and f"; it stands at {place}")
     if events.bus.emit is not None:
         events.bus.emit(events.CallOrphaned(step=name, reason=reason, age=GRACE))
+    return reason
 
 
 def _orphan_ended(orphan: asyncio.Task[Any]) -> None:
     orphans.discard(orphan)
     if not orphan.cancelled() and orphan.exception() is not None:
-        events.logger.warning("a step that was left behind ended with %r", orphan.exception())
+        events.logger.warning("a step that was left behind ended with %s", type(orphan.exception()).__qualname__)
 
 
-def _where(coroutine: Any) -> tuple[str, str]:
-    """Return function and ``file:line`` where a suspended step stands: of the innermost frame that is the user's."""
+excuses: dict[types.CodeType, str] = {}
+"""Primitives' own code that goes on after a cancellation because it has to, and what it is at then."""
+
+
+def _standing(coroutine: Any) -> tuple[types.FrameType | None, str]:
+    """Return where a suspended step stands, the innermost frame that is the user's, and what else there is to say.
+
+    A primitive that waits for tasks of its own swallows nothing: who does stands in one of them.
+    """
     innermost = None
+    excuse = "it had not ended"
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
-        if frame is not None and (innermost is None or not frame.f_code.co_filename.startswith(_not_the_users())):
-            innermost = frame
+        if frame is not None:
+            path = frame.f_code.co_filename
+            if frame.f_code in excuses:
+                excuse = excuses[frame.f_code]
+                break
+            if not path.startswith(_not_the_users()):
+                innermost, excuse = frame, ""
+            elif path.startswith(_primitives()):
+                excuse = "it had not ended"
         coroutine = _awaited(coroutine)
-    if innermost is None:
-        return "a step", "an unknown place"
-    return innermost.f_code.co_qualname, f"{innermost.f_code.co_filename}:{innermost.f_lineno}"
+    return innermost, excuse
+
+
+def _place_of(step: WorkflowPrimitive[Any, Any]) -> str:
+    """Return ``file:line`` where the code of *step* begins; "" where it is none of the user's."""
+    step = called(step)
+    function = step.func if isinstance(step, LambdaPrimitive) else type(step).execute
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or code.co_filename.startswith(_not_the_users()):
+        return ""
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 @functools.cache
 def _not_the_users() -> tuple[str, ...]:
     """Return where asyncio and this package live."""
-    return str(asyncio.__file__).rpartition("__init__")[0], __file__.rpartition("primitives")[0]
+    return str(asyncio.__file__).rpartition("__init__")[0], _primitives().rpartition("primitives")[0]
+
+
+@functools.cache
+def _primitives() -> str:
+    return __file__.rpartition("recovery")[0]
