@@ -91,17 +91,56 @@ class InMemoryRepository(AbstractRepository[Any]):
         return [*self._items.values()]
 
     def _snapshot(self) -> dict[Any, Any]:
-        return self._items.copy()
+        """Return deep copies of all items: what is changed in place later on does not reach them."""
+        from copy import deepcopy
 
-    def _restore(self, items: dict[Any, Any]) -> None:
-        self._items = items.copy()
+        try:
+            return deepcopy(self._items)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"an item cannot be copied ({error}), and so what is done to it could not be undone: "
+                "give its class a __deepcopy__, or keep what cannot be copied out of it"
+            ) from error
+
+    def _restore(self, kept: dict[Any, Any]) -> bool:
+        """Go back to a snapshot, and say whether anything was changed since. What was not stays the same object."""
+        unchanged = {key for key, item in kept.items() if key in self._items and _alike(self._items[key], item, {})}
+        if len(unchanged) == len(kept) == len(self._items):
+            return False
+        from copy import deepcopy
+
+        fresh = deepcopy(kept)
+        self._items = {key: self._items[key] if key in unchanged else fresh[key] for key in kept}
+        return True
+
+
+def _alike(item: Any, kept: Any, seen: dict[int, Any]) -> bool:
+    """Say whether *item* still is as it was when *kept* was copied from it, as far as can be seen.
+
+    Not by ``==``: entities are mostly equal by their id, or to nothing but themselves.
+    """
+    if item is kept or id(item) in seen:
+        return True
+    if type(item) is not type(kept):
+        return False
+    seen[id(item)] = item  # held: else its id might become another object's
+    if isinstance(item, Mapping):
+        return len(item) == len(kept) and all(key in kept and _alike(item[key], kept[key], seen) for key in item)
+    if isinstance(item, (list, tuple)):
+        return len(item) == len(kept) and all(_alike(one, other, seen) for one, other in zip(item, kept, strict=True))
+    state = item.__getstate__()
+    return _alike(state, kept.__getstate__(), seen) if state is not None else bool(item == kept)
 
 
 class FakeUnitOfWork(AbstractUnitOfWork):
     """A unit of work over an in-memory ``repository``, for tests: it really forgets what was not committed.
 
-    ``committed`` says whether there was a commit; ``rolled_back``, whether the end came without one, or after changes
-    that followed it.
+    That goes for items added and for changes made in items: those that were changed are replaced by copies of what was
+    committed. ``committed`` says whether there was a commit; ``rolled_back``, whether the end came without one, or
+    after changes that followed it.
+
+    Raises:
+        ConfigurationError: at the commit, an item cannot be copied.
     """
 
     def __init__(self) -> None:
@@ -115,6 +154,5 @@ class FakeUnitOfWork(AbstractUnitOfWork):
         self.committed = True
 
     def rollback(self) -> None:
-        if self.repository._snapshot() != self._kept or not self.committed:
+        if self.repository._restore(self._kept) or not self.committed:
             self.rolled_back = True
-        self.repository._restore(self._kept)
