@@ -38,6 +38,7 @@ from tta_sync.exceptions import (
 )
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step
 from tta_sync.primitives.recovery import (
+    BulkheadPrimitive,
     CircuitBreakerConfig,
     CircuitBreakerPrimitive,
     CircuitState,
@@ -330,6 +331,106 @@ def test_errors_that_are_not_expected_count_as_neither(error: Exception) -> None
         assert bench.call(error) is error
         assert (bench.breaker.state, bench.breaker.success_count) == (HALF_OPEN, 0)
     assert bench.call() == "ok"
+
+
+def in_line(breaker: Any, clock: FakeClock, seconds: float, around: Any = None) -> list[Any]:
+    """Three calls at once with a deadline after *seconds* each; return what became of them."""
+
+    async def main() -> list[Any]:
+        workflow = breaker if around is None else around(breaker)
+        contexts = [WorkflowContext(clock=clock, deadline=Deadline.after(seconds, clock)) for _ in range(3)]
+        return await asyncio.gather(*(workflow.execute(1, context) for context in contexts), return_exceptions=True)
+
+    return asyncio.run(main())
+
+
+def test_deadline_that_passes_in_a_bulkheads_line_is_no_failure() -> None:
+    """The one call that was made has succeeded: those that were not made say nothing about the dependency."""
+    bench = Bench()
+    bench.service.seconds = 5.0
+    breaker = CircuitBreakerPrimitive(BulkheadPrimitive(bench.service, 1, 10), failure_threshold=2)
+    first, *others = in_line(breaker, bench.clock, 3.0)
+    assert first == "ok"
+    assert [(type(error), error.before_call) for error in others] == [(DeadlineExceededError, True)] * 2
+    assert bench.service.calls == 1
+    assert (breaker.state, breaker.failure_count) == (CLOSED, 0)
+
+
+def test_limit_that_strikes_in_a_bulkheads_line_is_no_failure() -> None:
+    """Cut from within or from without the breaker, by a limit or by a deadline: the step was not called."""
+    for seconds, around in ((9.0, None), (9.0, lambda breaker: TimeoutPrimitive(breaker, 3.0))):
+        bench = Bench()
+        bench.service.seconds = 5.0
+        line = BulkheadPrimitive(bench.service, 1, 10, name="line")
+        breaker = CircuitBreakerPrimitive(TimeoutPrimitive(line, 3.0) if around is None else line, failure_threshold=2)
+        results = in_line(breaker, bench.clock, seconds, around)
+        assert all(isinstance(result, (StepTimeoutError, BulkheadFullError)) for result in results)
+        assert bench.service.calls == 1
+        assert (breaker.state, breaker.failure_count) == (CLOSED, 1)  # the one that was under way
+
+
+@pytest.mark.parametrize("struck", ["cancelled", "woken"])
+def test_deadline_enforced_from_outside_is_no_failure_in_a_bulkheads_line(struck: str) -> None:
+    """Whoever cancels the call at its deadline may be faster than the line's own timer; and nothing stays held."""
+    bench = Bench()
+    bench.service.seconds = 5.0
+    line = BulkheadPrimitive(bench.service, 1, 10)
+    breaker = CircuitBreakerPrimitive(line, failure_threshold=1)
+
+    async def main() -> None:
+        first = asyncio.ensure_future(breaker.execute(1, WorkflowContext(clock=bench.clock)))
+        await asyncio.sleep(0)
+        context = WorkflowContext(clock=bench.clock, deadline=Deadline.after(3.0, bench.clock))
+        second = asyncio.ensure_future(breaker.execute(1, context))
+        await asyncio.sleep(0)
+        assert line.waiting == 1
+        assert context.deadline is not None
+        context.deadline.struck = True
+        if struck == "cancelled":
+            second.cancel()
+        await asyncio.wait([first, second])
+        assert second.cancelled() is (struck == "cancelled")
+
+    asyncio.run(main())
+    assert (line.waiting, line.in_use) == (0, 0)
+    assert (breaker.state, breaker.failure_count) == (CLOSED, 0)
+
+
+@pytest.mark.parametrize("deadline", [None, 9.0])
+def test_time_that_is_up_before_the_call_is_no_failure(deadline: float | None) -> None:
+    """A timeout inside that finds no time left raises before it calls; a call under way that is cut still counts."""
+    bench = Bench()
+    breaker = CircuitBreakerPrimitive(TimeoutPrimitive(bench.service, 5.0), failure_threshold=1)
+
+    def call(seconds: float) -> Any:
+        async def late(data: Any, context: WorkflowContext) -> Any:
+            bench.clock.jump(seconds)  # as work does that blocks the loop
+            return await breaker._run(data, context)
+
+        bench.service.seconds = 3600
+        context = WorkflowContext(clock=bench.clock)
+        if deadline is not None:
+            context.deadline = Deadline.after(deadline, bench.clock)
+        workflow: Any = step(late) if deadline is not None else TimeoutPrimitive(late, 9.0)
+        with pytest.raises(TimeoutError):
+            asyncio.run(workflow.execute(1, context))
+        return breaker.state
+
+    assert (call(10.0), bench.service.calls) == (CLOSED, 0)
+    assert (call(1.0), bench.service.calls) == (OPEN, 1)
+
+
+def test_probe_that_never_reached_the_step_gives_its_permit_back() -> None:
+    """It has probed nothing: the next call is the probe."""
+    bench = Bench(failure_threshold=1, recovery_timeout=5.0, success_threshold=1)
+    bench.fail()
+    bench.clock.jump(5.0)
+    error = DeadlineExceededError(1.0)
+    error.before_call = True
+    assert bench.call(error) is error
+    assert bench.breaker.state is HALF_OPEN
+    assert bench.call() == "ok"
+    assert bench.breaker.state is CLOSED
 
 
 def test_interrupt_gives_the_permit_back() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
-from tta_sync.exceptions import BulkheadFullError, ConfigurationError
+from tta_sync.exceptions import BulkheadFullError, ConfigurationError, DeadlineExceededError
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_count, is_number
@@ -136,14 +136,17 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
             raise self._full(context)
         try:
             await place.wait(clock, end)
-        except BaseException:
+        except BaseException as error:
             if self._abandon(place):
                 self._leave()  # called and cancelled in the same moment: the permit goes on to the next
+            error.before_call = True  # type: ignore[attr-defined]  # a breaker around must not count it: nothing failed
             raise
         if not self._abandon(place):
             deadline = context.deadline
             if deadline is not None and deadline.at <= clock.monotonic():
-                deadline.raise_exceeded()
+                exceeded = DeadlineExceededError(deadline.seconds)
+                exceeded.before_call = True
+                raise exceeded
             raise self._full(context)
 
     def _abandon(self, place: Place) -> bool:

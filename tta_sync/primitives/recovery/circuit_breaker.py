@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason, time_limit
-from tta_sync.exceptions import CircuitBreakerError as CircuitBreakerError, CircuitOpenError, ConfigurationError
+from tta_sync.exceptions import (
+    CircuitBreakerError as CircuitBreakerError,
+    CircuitOpenError,
+    ConfigurationError,
+    DeadlineExceededError,
+    StepTimeoutError,
+)
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import ErrorTypes, is_count, is_number
@@ -293,6 +299,19 @@ def break_for(config: CircuitBreakerConfig, opened_before: int, asked: float, ch
 _chance = random.Random()  # noqa: S311  # spreads load, guards nothing
 
 
+_TIME_UP = (DeadlineExceededError, StepTimeoutError, asyncio.CancelledError)
+
+
+def _was_before_call(error: BaseException) -> bool:
+    """Say whether the time was up before the step was called: whoever raises such an error marks it ``before_call``."""
+    if not isinstance(error, _TIME_UP):
+        return False
+    if getattr(error, "before_call", False):
+        return True
+    cause = error.__cause__  # a wait that a limit around it has cut
+    return isinstance(cause, asyncio.CancelledError) and getattr(cause, "before_call", False)
+
+
 def _shared(hints: Any) -> CircuitHints:
     """Return *hints*, or those in the Redis that it means.
 
@@ -315,7 +334,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     60 s.
 
     A failure is an error that matches *expected_exception*, and a call cut by a timeout or deadline around it. A
-    cancellation by anybody else counts as nothing, and so does a rejection by a breaker, bulkhead or rate limit inside.
+    cancellation by anybody else counts as nothing, and so does a rejection by a breaker, bulkhead or rate limit inside,
+    or a deadline that passed before the step was called.
     Results of calls that began before the circuit last changed its state are discarded. One breaker may be shared by
     threads and loops; build one per dependency and keep it.
 
@@ -435,7 +455,11 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         try:
             result = await self._inner(data, context)
         except BaseException as error:
-            cut = isinstance(error, asyncio.CancelledError) and cancel_reason(context) is not None
+            cut = (
+                isinstance(error, asyncio.CancelledError)
+                and not _was_before_call(error)
+                and cancel_reason(context) is not None
+            )
             self._ended(error, cut, generation, lease, began, context)
             raise
         # A step that swallowed its cancellation at a limit and returned something later on has failed all the same.
@@ -562,6 +586,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
                 isinstance(error, self.config.expected_exception)
                 and isinstance(error, Exception)
                 and not isinstance(error, REJECTIONS)
+                and not _was_before_call(error)
             )
             neutral = not failed
         limit = self.config.slow_call_seconds
