@@ -28,7 +28,13 @@ from tta_sync.primitives.core.conditional import ConditionalPrimitive
 from tta_sync.primitives.core.mapping import MapPrimitive
 from tta_sync.primitives.core.parallel import ParallelPrimitive
 from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
-from tta_sync.primitives.recovery import RetryPrimitive, SagaPrimitive, TimeoutPrimitive
+from tta_sync.primitives.performance import CachePrimitive
+from tta_sync.primitives.recovery import (
+    FallbackPrimitive,
+    RetryPrimitive,
+    SagaPrimitive,
+    TimeoutPrimitive,
+)
 
 a, b, c = (step(lambda data: data, name=name) for name in "abc")
 
@@ -128,6 +134,22 @@ def test_users_own_attributes_do_no_harm_when_they_have_our_names() -> None:
         assert details_of(own) == ""
         assert type(own).__name__ in (own >> a).to_mermaid()
         assert "[" in (own >> a).to_mermaid()
+
+
+@pytest.mark.parametrize("own", ["saga", "cache", "fallback", "timeout", "retry"])
+def test_users_strategy_is_nobodys_business(own: str) -> None:
+    """A class attribute ``strategy`` makes a step neither a saga, nor a cache that should not stand inside a retry."""
+
+    class Strategic(WorkflowPrimitive[Any, Any]):
+        strategy = own
+
+        async def execute(self, data: Any, context: WorkflowContext) -> Any:
+            return data
+
+    flow = FallbackPrimitive(CachePrimitive(TimeoutPrimitive(RetryPrimitive(Strategic()), 30.0)), Strategic())
+    assert asyncio.run(flow.execute("x")) == "x"
+    assert 'fails"| n' in flow.to_mermaid()
+    assert Strategic().to_mermaid().count("[") == 1
 
 
 # ---- conflicts ----------------------------------------------------------------------------------------------------
@@ -248,7 +270,7 @@ def test_diagram_of_a_fallback_shows_what_takes_over() -> None:
     """The next one is reached where one fails; any of them may be the end."""
 
     class Fallback(Wrapper):
-        strategy = "fallback"
+        _tta_kind = "fallback"
 
         def children(self) -> tuple[WorkflowPrimitive[Any, Any], ...]:
             return (a, b)

@@ -163,7 +163,7 @@ def _outline_of(primitive: Primitive) -> Outline:
         return outline
     name = type(primitive).__name__.removesuffix("Primitive")
     title = f"{name}: {details}" if (details := details_of(primitive)) else name
-    return Outline("fallback" if type(primitive).strategy == "fallback" else "wrap", title)
+    return Outline("fallback" if type(primitive)._tta_kind == "fallback" else "wrap", title)
 
 
 def _text(text: str) -> str:

@@ -28,7 +28,7 @@ def called(step: WorkflowPrimitive[Any, Any]) -> WorkflowPrimitive[Any, Any]:
     """Return what is called where *step* is: the first step inside that has a name, or does not just wrap another."""
     while not step.name:
         parts = children_of(step)
-        if not parts or (len(parts) > 1 and type(step).strategy not in ("fallback", "timeout")):
+        if not parts or (len(parts) > 1 and type(step)._tta_kind not in ("fallback", "timeout")):
             break
         step = parts[0]
     return step

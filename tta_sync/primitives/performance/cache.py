@@ -92,7 +92,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
     """
 
     peeks = True
-    strategy = "cache"
+    _tta_kind = "cache"
     tells_itself = True  # by CacheHit and CacheMiss; a hit that was peeked at could tell no more
 
     def __init__(
@@ -284,7 +284,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
         return text
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
-        if direct and type(inner).strategy == "fallback":
+        if direct and type(inner)._tta_kind == "fallback":
             return (
                 f"the cache around {inner!r} keeps what the fallback answered for as long as any other result: "
                 "put the fallback outside, FallbackPrimitive(CachePrimitive(primary), fallback)"

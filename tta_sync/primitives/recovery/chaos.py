@@ -40,8 +40,6 @@ class ChaosPrimitive(WorkflowPrimitive[In, Out]):
     Source: Netflix's Chaos Monkey; options as Polly's chaos strategies.
     """
 
-    strategy = "chaos"
-
     def __init__(
         self,
         primitive: StepLike[In, Out],

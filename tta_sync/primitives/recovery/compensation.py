@@ -46,7 +46,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
     Source: Garcia-Molina and Salem, *Sagas*.
     """
 
-    strategy = "saga"
+    _tta_kind = "saga"
 
     def __init__(
         self,

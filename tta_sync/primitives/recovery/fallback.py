@@ -42,6 +42,7 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     strategy = "fallback"
+    _tta_kind = "fallback"
     peeks = True
 
     def __init__(

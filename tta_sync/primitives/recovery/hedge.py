@@ -61,8 +61,6 @@ class HedgePrimitive(WorkflowPrimitive[In, Out]):
     Source: Dean and Barroso, *The Tail at Scale*.
     """
 
-    strategy = "hedge"
-
     def __init__(
         self,
         primitive: StepLike[In, Out],

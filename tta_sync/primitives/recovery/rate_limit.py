@@ -109,7 +109,6 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
     Source: GCRA, ITU-T I.371; the choice of ``fail`` after Stripe's limiter.
     """
 
-    strategy = "rate_limit"
     name: str
 
     def __init__(

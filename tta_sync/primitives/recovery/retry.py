@@ -278,7 +278,7 @@ def replayable(step: WorkflowPrimitive[Any, Any]) -> str:
         return verdicts[0]
     if isinstance(step, SequentialPrimitive) and all(verdict is ANY for verdict in verdicts[:-1]):
         return verdicts[-1]
-    if type(step).strategy == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
+    if type(step)._tta_kind == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
         return verdicts[0]  # what comes out is the primary's error
     return NEVER
 
@@ -345,7 +345,6 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
     Source: tenacity, whose objects it takes; defaults after AWS's *Exponential Backoff and Jitter*.
     """
 
-    strategy = "retry"
     peeks = True
 
     def __init__(
@@ -418,7 +417,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         return f"max_retries={self.max_retries}" if self._stop is None else f"stop={step_name(self._stop)}"
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
-        kind = type(inner).strategy
+        kind = type(inner)._tta_kind
         if direct and kind == "fallback" and getattr(inner, "answers_all", True):
             return (
                 f"the retry around {inner!r} never sees the primary's errors, as the fallback answers first: "

@@ -64,7 +64,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
     Source: ``asyncio.timeout``; names as in TTA.dev.
     """
 
-    strategy = "timeout"
+    _tta_kind = "timeout"
     peeks = True
     _waits = False  # whether the step had to wait in the last call, whichever thread made it: a guess, no more
 
@@ -289,9 +289,9 @@ def _cut_with(step: WorkflowPrimitive[Any, Any]) -> list[WorkflowPrimitive[Any, 
     seen = {id(step)}
     for part in found:  # grows meanwhile
         parts = children_of(part)
-        if type(part).strategy == "cache" or any(map(is_unbound, parts)):
+        if type(part)._tta_kind == "cache" or any(map(is_unbound, parts)):
             parts = ()
-        elif type(part).strategy == "saga":
+        elif type(part)._tta_kind == "saga":
             parts = tuple(forward for forward, _ in part.steps)  # type: ignore[attr-defined]  # a SagaPrimitive
         for inner in parts:
             if id(inner) not in seen:
