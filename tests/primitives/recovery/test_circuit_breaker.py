@@ -37,11 +37,13 @@ from tta_sync.exceptions import (
     StepTimeoutError,
 )
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step
+from tta_sync.primitives.core.composition import CompositionWarning
 from tta_sync.primitives.recovery import (
     BulkheadPrimitive,
     CircuitBreakerConfig,
     CircuitBreakerPrimitive,
     CircuitState,
+    FallbackPrimitive,
     TimeoutPrimitive,
 )
 from tta_sync.primitives.recovery.circuit_breaker import (
@@ -793,6 +795,26 @@ def test_repr_and_name_read_well() -> None:
     assert repr(breaker) == "CircuitBreaker(fetch, failure_threshold=5, recovery_timeout=60)"
     assert breaker.children() == (fetch_step,)
     assert "window=50, failure_ratio=0.5" in repr(CircuitBreakerPrimitive(fetch_step, window=50))
+
+
+async def _answer(data: Any) -> Any:
+    return data
+
+
+@pytest.mark.parametrize("around", [lambda step: step, lambda step: TimeoutPrimitive(step, 1.0)])
+def test_warning_when_a_breaker_stands_around_a_fallback(around: Callable[[Any], Any]) -> None:
+    """The fallback answers, so nothing is ever counted; the warning points at the line that builds it."""
+    inner = around(FallbackPrimitive(_answer, _answer))
+    with pytest.warns(CompositionWarning, match="put the breaker inside") as caught:
+        CircuitBreakerPrimitive(inner)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_no_warning_where_the_breaker_sees_failures() -> None:
+    """Inside the fallback, around a sequence with other steps, or where the fallback lets some errors through."""
+    FallbackPrimitive(CircuitBreakerPrimitive(_answer), _answer)
+    CircuitBreakerPrimitive(step(_answer) >> FallbackPrimitive(_answer, _answer))
+    CircuitBreakerPrimitive(FallbackPrimitive(_answer, _answer, fallback_on=(ValueError,)))
 
 
 def test_error_leaves_no_reference_cycle_and_is_let_go_when_the_circuit_closes() -> None:

@@ -409,6 +409,14 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
             return f"failure_threshold={config.failure_threshold}, recovery_timeout={config.recovery_timeout:g}"
         return f"window={config.window!r}, failure_ratio={config.failure_ratio:g}"
 
+    def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
+        if direct and type(inner).strategy == "fallback" and getattr(inner, "answers_all", True):
+            return (
+                f"the circuit breaker around {inner!r} never opens, as the fallback answers first and nothing is "
+                "counted as failed: put the breaker inside, FallbackPrimitive(CircuitBreakerPrimitive(primary), fallback)"
+            )
+        return None
+
     @property
     def state(self) -> CircuitState:
         """Where the circuit stands; an open one becomes half-open with the first call after its time."""
