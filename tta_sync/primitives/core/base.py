@@ -15,6 +15,7 @@ import inspect
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar, overload
 
 from tta_sync import events
@@ -386,6 +387,7 @@ class WorkflowPrimitive(Generic[In, Out]):
 
             return ParallelPrimitive.join(other, self) if _joins(other) else NotImplemented
 
+    @recursive_repr()
     def __repr__(self) -> str:
         parts = ", ".join(filter(None, (*map(repr, children_of(self)), details_of(self))))
         if not parts:

@@ -2,11 +2,12 @@
 
 Three class-level answers carry this, all optional: ``children()`` (the direct parts), ``details()`` (the options worth
 reading) and ``conflict(inner, direct)`` (why having *inner* inside makes no sense). They are asked of the class, so a
-user's instance attribute of the same name is no matter.
+user's instance attribute of the same name is no matter; nor is a user's method of that name that means something else.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,8 +27,7 @@ def children_of(primitive: Primitive) -> tuple[Primitive, ...]:
     """Return the direct parts of *primitive*; () for a leaf, or where a user's class has its own `children`."""
     from tta_sync.primitives.core.base import WorkflowPrimitive
 
-    answer = getattr(type(primitive), "children", None)
-    parts = answer(primitive) if callable(answer) else ()
+    parts = answer_of(primitive, "children")
     if not isinstance(parts, (tuple, list)):
         return ()
     return tuple(part for part in parts if isinstance(part, WorkflowPrimitive))
@@ -40,9 +40,24 @@ def is_unbound(step: object) -> bool:
 
 def details_of(primitive: Primitive) -> str:
     """Return the options worth reading of *primitive*, as ``name=value, ...``."""
-    answer = getattr(type(primitive), "details", None)
-    text = answer(primitive) if callable(answer) else ""
+    text = answer_of(primitive, "details")
     return text if isinstance(text, str) else ""
+
+
+def answer_of(primitive: Primitive, question: str) -> Any:
+    """Return what the method *question* of the class says; None where a user's own method fails, or must be awaited."""
+    method = getattr(type(primitive), question, None)
+    if not callable(method):
+        return None
+    try:
+        answer = method(primitive)
+    except Exception:
+        if str(getattr(method, "__module__", "")).partition(".")[0] == "tta_sync":
+            raise
+        return None  # it wants other arguments, or is not ready: it was never meant as an answer to this
+    if inspect.iscoroutine(answer):
+        answer.close()  # else Python complains that nobody awaited it
+    return answer
 
 
 def inside(primitive: Primitive) -> Iterator[tuple[Primitive, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
@@ -64,6 +65,7 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
         answer: Out = unchanged
         return answer
 
+    @recursive_repr()
     def __repr__(self) -> str:
         other = "" if self.else_primitive is None else f", else {self.else_primitive!r}"
         return f"Conditional(if {display_name(self.condition)}: {self.then_primitive!r}{other})"

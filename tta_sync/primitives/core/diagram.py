@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tta_sync.primitives.core.composition import children_of, details_of
+from tta_sync.primitives.core.base import display_name
+from tta_sync.primitives.core.composition import answer_of, children_of, details_of
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.base import WorkflowPrimitive
@@ -37,7 +38,7 @@ _Ends = list[tuple[str, str]]
 def mermaid(workflow: Primitive) -> str:
     """Draw *workflow* as the text of a mermaid flowchart, from left to right."""
     drawing = _Drawing()
-    drawing.draw(workflow, ())
+    drawing.finish(drawing.draw(workflow, ())[1])
     return "\n".join(["flowchart LR", *drawing.lines]) + "\n"
 
 
@@ -49,8 +50,11 @@ class _Drawing:
 
     def draw(self, primitive: Primitive, above: tuple[int, ...]) -> tuple[_Ends, _Ends]:
         """Draw one part; return where it begins and where it ends."""
+        if id(primitive) in above:  # a workflow that contains itself ends here
+            node = self._node('["', f"{display_name(primitive)}, again", '"]')
+            return [(node, "")], [(node, "")]
         parts = children_of(primitive)
-        if not parts or id(primitive) in above:  # a workflow that contains itself ends here
+        if not parts:
             return self._leaf(primitive)
         above = (*above, id(primitive))
         outline = _outline_of(primitive)
@@ -65,6 +69,11 @@ class _Drawing:
         if outline.shape == "saga":
             return self._frame(outline.title, lambda: self._saga(outline, parts, above))
         return self._frame(outline.title, lambda: self._row(parts, above))
+
+    def finish(self, ends: _Ends) -> None:
+        """Lead the ways past the last steps somewhere: an edge needs two ends."""
+        if any(label for _, label in ends):
+            self._join(ends, [(self._node('(("', " ", '"))'), "")])
 
     def _leaf(self, primitive: Primitive) -> tuple[_Ends, _Ends]:
         where = type(primitive).runs_on
@@ -157,8 +166,7 @@ class _Drawing:
 
 
 def _outline_of(primitive: Primitive) -> Outline:
-    answer = getattr(type(primitive), "outline", None)
-    outline = answer(primitive) if callable(answer) else None
+    outline = answer_of(primitive, "outline")
     if isinstance(outline, Outline):
         return outline
     name = type(primitive).__name__.removesuffix("Primitive")
@@ -170,6 +178,13 @@ def _text(text: str) -> str:
     """Escape what mermaid would read as its own, and keep a node's text to one readable line."""
     text = " ".join(text.split()) or " "
     text = text if len(text) <= 80 else text[:79] + "…"
-    for character, code in (("#", "#35;"), ('"', "#quot;"), ("<", "#lt;"), (">", "#gt;"), ("`", "#96;")):
+    for character, code in (
+        ("#", "#35;"),
+        ("&", "#amp;"),
+        ('"', "#quot;"),
+        ("<", "#lt;"),
+        (">", "#gt;"),
+        ("`", "#96;"),
+    ):
         text = text.replace(character, code)
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
@@ -80,6 +81,7 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         answer: Out = unchanged
         return answer
 
+    @recursive_repr()
     def __repr__(self) -> str:
         cases = ", ".join(f"{key!r}: {case!r}" for key, case in self.cases.items())
         other = "" if self.default is None else f", else {self.default!r}"
@@ -149,6 +151,7 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     def details(self) -> str:
         return "" if self.default is None else f"default={self.default!r}"
 
+    @recursive_repr()
     def __repr__(self) -> str:
         routes = ", ".join(f"{key!r}: {route!r}" for key, route in self.routes.items())
         details = self.details()

@@ -13,6 +13,7 @@ primitives, is sealed and stays one step. What a chain binds is settled at its f
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tta_sync.context import WorkflowContext
@@ -160,6 +161,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
     def _operator(self) -> str:  # type: ignore[override]
         return ">>" if len(self.steps) > 1 else self.steps[0]._operator
 
+    @recursive_repr()
     def __repr__(self) -> str:
         if len(self.steps) == 1:
             return repr(self.steps[0])

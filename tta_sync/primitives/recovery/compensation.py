@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
@@ -87,6 +88,7 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
         labels = [label for _, undo in self.steps for label in ("", "undo")[: 1 if undo is None else 2]]
         return Outline("saga", type(self).__name__.removesuffix("Primitive"), labels)
 
+    @recursive_repr()
     def __repr__(self) -> str:
         pairs = ", ".join(f"({forward!r}, {undo!r})" for forward, undo in self.steps)
         return f"{type(self).__name__.removesuffix('Primitive')}({pairs})"
