@@ -171,6 +171,16 @@ def test_users_strategy_is_nobodys_business(own: str) -> None:
     assert Strategic().to_mermaid().count("[") == 1
 
 
+def test_composite_is_drawn_as_a_frame_when_its_outline_is_its_own() -> None:
+    """A user's composite may have an ``outline`` that means something else."""
+
+    class Map(Wrapper):
+        def outline(self, scale: float) -> str:  # type: ignore[override]
+            return f"1:{scale}"
+
+    assert 'subgraph g1["Map"]' in Map(a).to_mermaid()
+
+
 # ---- conflicts ----------------------------------------------------------------------------------------------------
 
 
