@@ -76,6 +76,10 @@ class Service:
         return outcome
 
 
+async def _answer(data: Any) -> Any:
+    return data
+
+
 class Bench:
     """A breaker over a service, on a clock that stands still."""
 
@@ -576,6 +580,28 @@ def test_success_opens_the_circuit_when_it_completes_the_minimum() -> None:
     assert 5.0 <= error.retry_after <= 6.25
 
 
+@pytest.mark.parametrize("window", [1, 5, 10])
+def test_small_window_opens_when_it_is_full_of_failures(window: int) -> None:
+    """Without minimum_calls the minimum is what the window holds, and never more than ten."""
+    bench = Bench(window=window)
+    assert bench.breaker.config.minimum_calls == window
+    bench.fail(window - 1)
+    assert bench.breaker.state is CLOSED
+    bench.fail()
+    assert bench.breaker.state is OPEN
+
+
+def test_minimum_calls_that_nobody_has_given_follow_the_window_when_a_config_is_varied() -> None:
+    """A config for a small window may be taken for a large one, and the other way round."""
+    small = CircuitBreakerConfig(window=5)
+    for window, minimum in ((20, 10), (30.0, 10), ("count", 10), (None, 10), (3, 3)):
+        assert CircuitBreakerPrimitive(_answer, small, window=window).config.minimum_calls == minimum
+    assert pickle.loads(pickle.dumps(small)) == small
+    assert CircuitBreakerPrimitive(_answer, pickle.loads(pickle.dumps(small)), window=20).config.minimum_calls == 10
+    assert CircuitBreakerConfig() == CircuitBreakerConfig(minimum_calls=10)
+    assert "minimum_calls=10," in repr(CircuitBreakerConfig())
+
+
 def test_time_window_forgets_with_time() -> None:
     """Failures older than the window no longer count."""
     bench = Bench(window=30.0, minimum_calls=4)
@@ -657,6 +683,9 @@ def test_window_is_counted_or_timed_by_its_type(window: Any, kind: type) -> None
         ({"window": "month"}, "'count' or 'time'"),
         ({"window": 0}, "number of calls"),
         ({"window": True}, "number of calls"),
+        ({"window": 5, "minimum_calls": 10}, "write minimum_calls=5 or less"),
+        ({"window": "count", "minimum_calls": 101}, "a window of 100 calls never holds minimum_calls=101"),
+        ({"config": CircuitBreakerConfig(minimum_calls=10), "window": 9}, "write minimum_calls=9 or less"),
         ({"break_duration": 61.0}, "longer than max_break_duration"),
         ({"expected_exception": "OSError"}, "exception types"),
         ({"expected_exception": ()}, "exception types"),
@@ -795,10 +824,6 @@ def test_repr_and_name_read_well() -> None:
     assert repr(breaker) == "CircuitBreaker(fetch, failure_threshold=5, recovery_timeout=60)"
     assert breaker.children() == (fetch_step,)
     assert "window=50, failure_ratio=0.5" in repr(CircuitBreakerPrimitive(fetch_step, window=50))
-
-
-async def _answer(data: Any) -> Any:
-    return data
 
 
 @pytest.mark.parametrize("around", [lambda step: step, lambda step: TimeoutPrimitive(step, 1.0)])

@@ -41,10 +41,20 @@ class CircuitState(StrEnum):
 
 _limit_around = time_limit.get  # here once for all: a method of an imported name is looked up anew for each call
 
+COUNT, SECONDS = 100, 60.0
+"""What the windows "count" and "time" stand for."""
+
 MAX_WINDOW = 1_000_000
 """Calls that a window may look back on: each costs eight bytes."""
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
+
+
+class _NotGiven(int):
+    """A number that stands where nobody has given one; it goes with a config that is varied by ``replace``."""
+
+
+MINIMUM_CALLS = _NotGiven(10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ class CircuitBreakerConfig:
         failure_ratio: share of failed calls in the window that opens it.
         slow_call_seconds: a call that took longer was slow; None: none is.
         slow_ratio: share of slow calls in the window that opens it.
-        minimum_calls: on fewer calls in the window it never opens.
+        minimum_calls: on fewer calls in the window it never opens; 10, or as many as a smaller window holds.
         break_duration: how long it stays open the first time; doubled each time that a probe fails.
         max_break_duration: and never longer than this, except where the server's Retry-After says so.
         half_open_permits: how many probes may run at the same time.
@@ -69,7 +79,7 @@ class CircuitBreakerConfig:
             *max_break_duration* with a window.
 
     Raises:
-        ConfigurationError: a number makes no sense.
+        ConfigurationError: a number makes no sense, or a window of calls never holds as many as *minimum_calls*.
     """
 
     failure_threshold: int = 5
@@ -80,7 +90,7 @@ class CircuitBreakerConfig:
     failure_ratio: float = 0.5
     slow_call_seconds: float | None = None
     slow_ratio: float = 0.5
-    minimum_calls: int = 10
+    minimum_calls: int = MINIMUM_CALLS
     break_duration: float = 5.0
     max_break_duration: float = 60.0
     half_open_permits: int = 1
@@ -115,9 +125,21 @@ class CircuitBreakerConfig:
                 f"window is a number of calls (100; at most {MAX_WINDOW:,}), of seconds (30.0), 'count' or 'time', "
                 f"not {window!r}"
             )
+        self._check_minimum(COUNT if window == "count" else window if isinstance(window, int) else None)
         kinds = self.expected_exception if isinstance(self.expected_exception, tuple) else (self.expected_exception,)
         if not kinds or not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
             raise ConfigurationError(f"expected_exception takes exception types, not {self.expected_exception!r}")
+
+    def _check_minimum(self, size: int | None) -> None:
+        """See to it that a window of *size* calls, None for one of seconds, can open the circuit."""
+        if isinstance(self.minimum_calls, _NotGiven):
+            fitting = MINIMUM_CALLS if size is None else _NotGiven(min(MINIMUM_CALLS, size))
+            object.__setattr__(self, "minimum_calls", fitting)
+        elif size is not None and self.minimum_calls > size:
+            raise ConfigurationError(
+                f"a window of {size} calls never holds minimum_calls={self.minimum_calls}, so the circuit would never "
+                f"open: write minimum_calls={size} or less, leave it out, or take a larger window"
+            )
 
 
 def _is_positive(number: object) -> bool:
@@ -268,9 +290,9 @@ def window_of(config: CircuitBreakerConfig) -> CountWindow | TimeWindow | None:
     if window is None:
         return None
     if window == "count":
-        return CountWindow(100)
+        return CountWindow(COUNT)
     if window == "time":
-        return TimeWindow(60.0)
+        return TimeWindow(SECONDS)
     return CountWindow(window) if isinstance(window, int) else TimeWindow(float(window))
 
 
@@ -412,8 +434,8 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
         if direct and type(inner).strategy == "fallback" and getattr(inner, "answers_all", True):
             return (
-                f"the circuit breaker around {inner!r} never opens, as the fallback answers first and nothing is "
-                "counted as failed: put the breaker inside, FallbackPrimitive(CircuitBreakerPrimitive(primary), fallback)"
+                f"the circuit breaker around {inner!r} never opens: the fallback answers first, and no failure is "
+                "counted; put the breaker inside, FallbackPrimitive(CircuitBreakerPrimitive(primary), fallback)"
             )
         return None
 
