@@ -432,7 +432,7 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         return f"window={config.window!r}, failure_ratio={config.failure_ratio:g}"
 
     def conflict(self, inner: WorkflowPrimitive[Any, Any], direct: bool) -> str | None:
-        if direct and type(inner).strategy == "fallback" and getattr(inner, "answers_all", True):
+        if direct and type(inner)._tta_kind == "fallback" and getattr(inner, "answers_all", True):
             return (
                 f"the circuit breaker around {inner!r} never opens: the fallback answers first, and no failure is "
                 "counted; put the breaker inside, FallbackPrimitive(CircuitBreakerPrimitive(primary), fallback)"
