@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from typing import Any
 
 import pytest
 
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
-from tta_sync.primitives import InMemoryBackend, RetryPrimitive, SequentialPrimitive, TimeoutPrimitive
+from tta_sync.primitives import (
+    CompositionWarning,
+    FallbackPrimitive,
+    InMemoryBackend,
+    RetryPrimitive,
+    SequentialPrimitive,
+    TimeoutPrimitive,
+)
 from tta_sync.primitives.core.base import MISS
 from tta_sync.primitives.performance import CachePrimitive
 
@@ -194,3 +202,42 @@ def test_three_caches_forget_together_when_they_stand_one_in_another(step: Any) 
         assert step.calls == before + 1
     caches[1].clear_cache()
     assert [cache.get_stats()["size"] for cache in caches] == [0, 0, 1]
+
+
+# ---- what defeats itself ---------------------------------------------------------------------------------------------
+
+
+def lesser() -> FallbackPrimitive[Any, Any]:
+    return FallbackPrimitive(str.upper, str.lower)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: CachePrimitive(ttl=3) >> lesser(),
+        lambda: lesser() >> CachePrimitive(ttl=3),
+        lambda: CachePrimitive(ttl=3) >> lesser() >> CachePrimitive(ttl=30),
+        lambda: CachePrimitive(ttl=3) >> TimeoutPrimitive(lesser(), 1.0),
+        lambda: str.strip >> (CachePrimitive(ttl=3) >> lesser()),
+        lambda: SequentialPrimitive([CachePrimitive(ttl=3), lesser()]),
+        lambda: CachePrimitive(ttl=3) >> lesser() >> str.strip,
+    ],
+    ids=["head", "tail", "both", "below a wrapper", "in brackets", "in a list", "before another"],
+)
+def test_warning_comes_once_when_a_cache_in_a_chain_stands_around_a_fallback(build: Any) -> None:
+    """The chain says what the constructor says, where it is built, and not again when it grows or runs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chain = build()
+        asyncio.run(chain.execute("a", WorkflowContext()))
+    (warning,) = [one for one in caught if "keeps what the fallback answered" in str(one.message)]
+    assert warning.category is CompositionWarning
+    assert warning.filename == __file__
+
+
+def test_no_warning_where_a_cache_in_a_chain_stands_beside_or_inside_a_fallback() -> None:
+    """A fallback around the cache, or behind it, keeps nothing that it should not."""
+    FallbackPrimitive(CachePrimitive(ttl=3) >> str.upper, str.lower)
+    CachePrimitive(ttl=3) >> str.strip >> lesser()
+    (CachePrimitive(ttl=3) >> str.strip) >> RetryPrimitive(str.upper)
+    CachePrimitive(ttl=3) >> CachePrimitive(ttl=30)

@@ -32,7 +32,7 @@ from tta_sync.primitives.core.base import (
     shown,
     told,
 )
-from tta_sync.primitives.core.composition import is_unbound
+from tta_sync.primitives.core.composition import inside, is_unbound, warn_user
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
@@ -96,6 +96,7 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
     def __init__(self, primitives: Sequence[StepLike[Any, Any]]) -> None:
         # What the list nests, it means to nest: only `>>` lets a chain with caches grow.
         self._set(tuple(part for given in several(primitives) for part in _parts(given, sealed=True)))
+        _warn_of(self.steps, ())
 
     def _set(self, steps: tuple[Step, ...]) -> None:
         if not steps:
@@ -113,7 +114,9 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
     def join(cls, left: Any, right: Any) -> SequentialPrimitive[Any, Any]:
         """Build ``left >> right``."""
         chain: SequentialPrimitive[Any, Any] = SequentialPrimitive.__new__(SequentialPrimitive)
-        chain._set(_parts(left, sealed=False) + _parts(right, sealed=True))
+        begun = _parts(left, sealed=False)
+        chain._set(begun + _parts(right, sealed=True))
+        _warn_of(chain.steps, begun)
         return chain
 
     @property
@@ -166,6 +169,30 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
         if len(self.steps) == 1:
             return repr(self.steps[0])
         return " >> ".join(f"({step!r})" if step._operator else repr(step) for step in self.steps)
+
+
+def _warn_of(steps: tuple[Step, ...], begun: tuple[Step, ...]) -> None:
+    """Warn of what the unbound steps object to in what they wrap, unless they did so when the chain was *begun*.
+
+    Whether the chain will grow cannot be known here, nor waited for: the line that builds it is to be named.
+    """
+    told = _objections(begun)
+    for objection in _objections(steps):
+        if objection not in told:
+            told.append(objection)
+            warn_user(objection)
+
+
+def _objections(steps: tuple[Step, ...]) -> list[str]:
+    if not any(map(is_unbound, steps)):
+        return []
+    head, middle, tail = split(steps)
+    if not middle:
+        return []
+    inner = middle[0] if len(middle) == 1 else SequentialPrimitive(middle)
+    parts = [(inner, True), *inside(inner)]
+    found = [cache.conflict(part, direct) for cache in head + tail for part, direct in parts]
+    return [objection for objection in found if objection]
 
 
 def _bind(steps: tuple[Step, ...]) -> Step:
