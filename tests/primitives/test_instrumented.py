@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import os
 import re
+import signal
+import threading
 import weakref
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytest
 
 from tta_sync.context import WorkflowContext
 from tta_sync.events import Event, StepEnded, StepStarted
-from tta_sync.primitives.observability import InstrumentedPrimitive
+from tta_sync.primitives import HedgePrimitive, MapPrimitive
+from tta_sync.primitives.observability import InstrumentedPrimitive, instrumented
 from tta_sync.primitives.recovery import TimeoutPrimitive
 from tta_sync.testing import FakeClock
 
@@ -23,6 +29,15 @@ class Work(InstrumentedPrimitive[Any, Any]):
         if isinstance(data, BaseException):
             raise data
         return context.trace_id, context.span_id, context.parent_span_id
+
+
+class Seen(InstrumentedPrimitive[Any, Any]):
+    traces: ClassVar[list[str | None]] = []
+
+    async def _execute_impl(self, data: Any, context: WorkflowContext) -> Any:
+        self.traces.append(context.trace_id)
+        await context.clock.sleep(2)
+        return context.trace_id
 
 
 class Nested(InstrumentedPrimitive[Any, Any]):
@@ -54,6 +69,114 @@ def test_call_without_a_trace_gets_one() -> None:
     assert re.fullmatch("[0-9a-f]{32}", trace)
     assert parent == "c" * 16
     assert run(Work("work"), "x", context)[0] == trace
+
+
+@pytest.mark.parametrize(
+    ("workflow", "steps"),
+    [
+        (lambda: Seen("a") | Seen("b"), 2),
+        (lambda: (lambda data: data) >> (Seen("a") | Seen("b") | (Seen("c") >> (Seen("d") | Seen("e")))), 5),
+        (lambda: MapPrimitive(Seen("a")), 3),
+        (lambda: HedgePrimitive(Seen("a"), delay=1.0, idempotent=True), 2),
+    ],
+)
+def test_branches_of_one_call_share_its_trace(workflow: Any, steps: int) -> None:
+    """Whoever asks first: the id is the call's own, and stands on the caller's context afterwards."""
+    context = WorkflowContext(clock=FakeClock())
+    Seen.traces.clear()
+    run(workflow(), ["x", "y", "z"], context)
+    assert len(Seen.traces) == steps
+    assert context.trace_id is not None
+    assert set(Seen.traces) == {context.trace_id}
+
+
+def test_trace_is_that_of_the_nearest_ancestor_that_has_one() -> None:
+    """A context between is told, too; one that has its own keeps it."""
+    root = WorkflowContext(clock=FakeClock())
+    between = root.create_child_context()
+    leaf = between.create_child_context()
+    root.trace_id = "a" * 32
+    assert run(Seen("a"), "x", leaf) == "a" * 32 == between.trace_id
+    other = root.create_child_context()
+    other.trace_id = "b" * 32
+    assert run(Seen("a"), "x", other.create_child_context()) == "b" * 32
+    assert root.trace_id == "a" * 32
+
+
+def test_threads_that_ask_at_once_share_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of one context that begin on several threads at the same moment."""
+    root = WorkflowContext()
+    children = [root.create_child_context() for _ in range(4)]
+    urandom, never = os.urandom, threading.Event()
+
+    def slow(size: int) -> bytes:  # lets everybody else arrive before it answers
+        never.wait(0.2 if size == 16 else 0.0)
+        return urandom(size)
+
+    monkeypatch.setattr(os, "urandom", slow)
+    with ThreadPoolExecutor(4) as pool:
+        traces = set(pool.map(lambda context: run(Seen("a"), "x", context), children))
+    assert traces == {root.trace_id}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_has_a_free_lock() -> None:
+    """A thread of the parent that is making a trace id at that moment does not hold up the child."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with instrumented._making_trace:
+            held.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(20)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # a child that hangs is killed
+            os._exit(0 if instrumented._making_trace.acquire(blocking=False) else 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        thread.join(20)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3])))
+def test_calls_that_overlap_on_one_context_leave_no_span_behind(order: tuple[int, ...]) -> None:
+    """In whichever order they end, the caller's own span stands there afterwards, and nothing is kept of theirs."""
+
+    class For(InstrumentedPrimitive[Any, Any]):
+        async def _execute_impl(self, data: Any, context: WorkflowContext) -> Any:
+            await context.clock.sleep(data)
+
+    async def main() -> None:
+        await asyncio.gather(*(For("for").execute(seconds, context) for seconds in order))
+
+    context = WorkflowContext(clock=FakeClock(), span_id="b" * 16, parent_span_id="c" * 16)
+    asyncio.run(main())
+    assert (context.span_id, context.parent_span_id) == ("b" * 16, "c" * 16)
+    assert not instrumented._running
+
+
+def test_spans_that_overlap_for_ever_are_not_kept() -> None:
+    """Each begins before the one before it ends: those that have ended are let go."""
+    context = WorkflowContext(clock=FakeClock())
+    before = None
+    for _ in range(10):
+        span = instrumented._begin(context)
+        if before is not None:
+            instrumented._end(before, context)
+        before = span
+    depth = 0
+    around: Any = span
+    while around is not None:
+        depth += 1
+        around = around.around
+    assert depth <= 3
+    instrumented._end(span, context)
+    assert (context.span_id, context.parent_span_id) == (None, None)
 
 
 def test_step_that_was_left_behind_takes_no_span_from_the_one_that_runs_now() -> None:

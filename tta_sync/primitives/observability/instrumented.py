@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from tta_sync import events
@@ -10,13 +11,82 @@ from tta_sync.context import WorkflowContext
 from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, context_first, step_name
 
 
+class _Span:
+    """A span of ours, or what was in its place on the context before."""
+
+    __slots__ = ("around", "over", "parent_span_id", "span_id")
+
+    def __init__(self, span_id: str | None, parent_span_id: str | None, around: _Span | None) -> None:
+        self.span_id = span_id
+        self.parent_span_id = parent_span_id
+        self.around = around
+        self.over = False
+
+
+_running: dict[str, _Span] = {}
+"""Our spans that have not ended, by their ids. Each call adds and removes its own: atomic operations."""
+
+_making_trace = threading.Lock()
+"""Held while a call gets its trace id: the branches of one may begin on several threads."""
+
+
+def _in_child() -> None:
+    global _making_trace
+    _making_trace = threading.Lock()  # a thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def _begin(context: WorkflowContext) -> _Span:
+    """Give *context* a span of its own, and a trace id where its call has none."""
+    if context.trace_id is None:
+        give_trace(context)
+    here = context.span_id
+    around = _running.get(here) if here is not None else None
+    if around is None:
+        around = _Span(here, context.parent_span_id, None)
+    span = _Span(os.urandom(8).hex(), here or context.parent_span_id, around)
+    _running[span.span_id] = span  # type: ignore[index]  # it has just been made
+    context.parent_span_id, context.span_id = span.parent_span_id, span.span_id
+    return span
+
+
+def _end(span: _Span, context: WorkflowContext) -> None:
+    """Put on *context* what was there before *span*, past those that have ended meanwhile: calls may overlap."""
+    span.over = True
+    del _running[span.span_id]  # type: ignore[arg-type]  # a span of ours
+    around = span.around
+    while around is not None and around.over:
+        around = around.around
+    span.around = around  # those that began inside this one need not keep what has ended
+    if context.span_id == span.span_id and around is not None:
+        # Else another has begun since, or it was left behind, and the call has gone on without it.
+        context.span_id, context.parent_span_id = around.span_id, around.parent_span_id
+
+
+def give_trace(context: WorkflowContext) -> None:
+    """Give *context* its call's trace id: that of the nearest ancestor, or a new one, which all of them then have.
+
+    For those, too, who are about to make a context without an ancestor for a part of the call.
+    """
+    with _making_trace:
+        without = [context]
+        while without[-1].trace_id is None and without[-1]._parent is not None:
+            without.append(without[-1]._parent)
+        trace_id = without[-1].trace_id or os.urandom(16).hex()
+        for each in without:
+            each.trace_id = trace_id
+
+
 class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
     """A step with a span, a metric and two checkpoints of its own: define ``async _execute_impl(self, data, context)``.
 
     While it runs, ``context.span_id`` is the step's span and ``context.parent_span_id`` the one around it, both in W3C
-    form; where a call has no ``trace_id`` yet, it gets one. The context notes ``{name}.start`` and ``{name}.end``, also
-    when the step fails, and ``StepStarted`` and ``StepEnded`` events are emitted, of which the hooks of
-    ``tta_sync.observability`` make the metric and the log line. Subclasses need not call ``super().__init__()``.
+    form; where a call has no ``trace_id`` yet, it gets one, the same for all its branches. The context notes
+    ``{name}.start`` and ``{name}.end``, also when the step fails, and ``StepStarted`` and ``StepEnded`` events are
+    emitted, of which the hooks of ``tta_sync.observability`` make the metric and the log line. Subclasses need not call
+    ``super().__init__()``.
 
     Args:
         name: what the span, the metric and the checkpoints are called; the class's name by default.
@@ -42,11 +112,7 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         name = step_name(self)
-        outer = context.span_id, context.parent_span_id
-        if context.trace_id is None:
-            context.trace_id = os.urandom(16).hex()
-        span_id = os.urandom(8).hex()
-        context.parent_span_id, context.span_id = context.span_id or context.parent_span_id, span_id
+        span = _begin(context)
         context.checkpoint(f"{name}.start")
         began = context.clock.monotonic()
         emit = events.bus.emit
@@ -60,8 +126,7 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
             raise
         finally:
             context.checkpoint(f"{name}.end")
-            if context.span_id == span_id:  # else it was left behind, and the call has gone on without it
-                context.span_id, context.parent_span_id = outer
+            _end(span, context)
             emit = events.bus.emit
             if emit is not None:
                 seconds = context.clock.monotonic() - began

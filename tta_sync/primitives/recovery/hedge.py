@@ -14,6 +14,7 @@ from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note, shown
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.options import is_count, is_number
+from tta_sync.primitives.observability.instrumented import give_trace
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
 from tta_sync.primitives.recovery.retry import RetryBudget, check_budget
@@ -175,6 +176,8 @@ class _Race:
     def _start(self) -> None:
         name = f"attempt {len(self._tasks) + 1} of {call_name(self._hedge.primitive)}"
         self._running += 1
+        if self._context.trace_id is None:
+            give_trace(self._context)
         own = self._context.create_child_context()
         own.correlation_id = self._context.correlation_id
         own._parent = None  # what a loser has to make do with does not mark the call
