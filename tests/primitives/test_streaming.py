@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -60,14 +61,59 @@ def test_subclass_of_a_streaming_step_inherits_its_stream() -> None:
     assert asyncio.run(Named().execute("a b", WorkflowContext())) == ["a", "b"]
 
 
-def test_context_first_stream_takes_every_spelling() -> None:
-    """Where the class writes the context first, callers may write either order."""
+@pytest.mark.parametrize("kind", [Words, ContextFirst])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda step, context: step.stream("a b", context),
+        lambda step, context: step.stream(context, "a b"),
+        lambda step, context: step.stream("a b"),
+        lambda step, context: step.stream(data="a b", context=context),
+        lambda step, context: step.stream(context, input_data="a b"),
+        lambda step, context: step.stream("a b", context=context),
+    ],
+)
+def test_stream_takes_every_spelling_of_a_call(call: Any, kind: type[StreamingPrimitive[str, str]]) -> None:
+    """Whichever order the class writes, callers may write either, and leave out the context."""
 
     async def main() -> list[str]:
-        context = WorkflowContext()
-        return [word async for word in ContextFirst().stream(context, "a b")]  # type: ignore[arg-type]
+        return [word async for word in call(kind(), WorkflowContext())]
 
     assert asyncio.run(main()) == ["a", "b"]
+
+
+def test_stream_keeps_arguments_of_its_own() -> None:
+    """What it takes beside data and context reaches it as it is given, and so does a name of its own for them."""
+
+    class Chunks(StreamingPrimitive[str, str]):
+        async def stream(self, text: str, context: WorkflowContext, size: int = 1) -> AsyncIterator[str]:  # type: ignore[override]
+            for start in range(0, len(text), size):
+                yield text[start : start + size]
+
+    async def main(*given: Any, **named: Any) -> list[str]:
+        return [chunk async for chunk in Chunks().stream(*given, **named)]
+
+    context = WorkflowContext()
+    assert asyncio.run(main("abcd", context, 2)) == ["ab", "cd"]
+    assert asyncio.run(main("abcd", context, size=3)) == ["abc", "d"]
+    assert asyncio.run(main(text="ab", context=context)) == ["a", "b"]
+    assert asyncio.run(main(context, "ab")) == ["a", "b"]
+
+
+def test_stream_of_a_class_that_is_made_twice_is_adapted_once() -> None:
+    """``dataclass(slots=True)`` makes the class again from its parts."""
+
+    @dataclasses.dataclass(slots=True)
+    class Twice(StreamingPrimitive[str, str]):
+        times: int = 2
+
+        async def stream(self, context: WorkflowContext, data: str) -> AsyncIterator[str]:  # type: ignore[override]
+            for _ in range(self.times):
+                yield data
+
+    assert Twice.stream.__wrapped__.__code__.co_name == "stream"  # type: ignore[attr-defined]
+    assert not hasattr(Twice.stream.__wrapped__, "__wrapped__")  # type: ignore[attr-defined]
+    assert asyncio.run(Twice().execute("a", WorkflowContext())) == ["a", "a"]
 
 
 @pytest.mark.parametrize("kind", [Words, ContextFirst])
@@ -119,6 +165,25 @@ def test_stream_that_returns_is_refused_when_the_class_is_made() -> None:
         class Wrong(StreamingPrimitive[Any, Any]):
             async def stream(self, data: Any, context: WorkflowContext) -> list[Any]:  # type: ignore[override]
                 return [data]
+
+
+def test_plain_generator_is_refused_when_the_class_is_made() -> None:
+    """It would hold the loop, and only the first call would tell."""
+    with pytest.raises(ConfigurationError, match=r"Wrong\.stream is a plain generator.* `async def stream"):
+
+        class Wrong(StreamingPrimitive[Any, Any]):
+            def stream(self, data: Any, context: WorkflowContext) -> Any:
+                yield data
+
+
+def test_stream_may_hand_on_another_stream() -> None:
+    """A plain method that returns an async iterator is a stream."""
+
+    class Handing(StreamingPrimitive[str, str]):
+        def stream(self, data: str, context: WorkflowContext) -> AsyncIterator[str]:
+            return Words().stream(data, context)
+
+    assert asyncio.run(Handing().execute("a b", WorkflowContext())) == ["a", "b"]
 
 
 def test_class_without_stream_fails_when_called() -> None:

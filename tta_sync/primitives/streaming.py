@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator
+import types
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tta_sync.context import WorkflowContext
@@ -23,7 +24,8 @@ class StreamingPrimitive(WorkflowPrimitive[In, list[Out]]):
         name: what reprs, events and messages call it.
 
     Raises:
-        ConfigurationError: at the definition of a subclass whose ``stream`` returns instead of yielding.
+        ConfigurationError: at the definition of a subclass whose ``stream`` returns instead of yielding, or is no async
+            generator.
 
     Source: TTA.dev's StreamingPrimitive.
     """
@@ -38,14 +40,14 @@ class StreamingPrimitive(WorkflowPrimitive[In, list[Out]]):
             return
         if inspect.iscoroutinefunction(written):
             raise ConfigurationError(f"{cls.__name__}.stream returns instead of yielding: yield its items one by one")
-        if context_first(written):
-
-            @functools.wraps(written)
-            def stream(self: Any, data: Any = None, context: Any = None, /, **named: Any) -> Any:
-                data, context = sort_arguments(data, context, named)
-                return written(self, context, data)
-
-            cls.stream = stream  # type: ignore[assignment]  # same call, looser spelling
+        if inspect.isgeneratorfunction(written):
+            raise ConfigurationError(
+                f"{cls.__name__}.stream is a plain generator, which would hold the loop between its items: "
+                "write `async def stream(self, data, context)`"
+            )
+        # A class that is made again from its own parts, as dataclass(slots=True) does, has it in place already.
+        if isinstance(written, types.FunctionType) and not hasattr(written, "_sorts"):
+            cls.stream = _sorting(written)  # type: ignore[method-assign]  # same call, looser spelling
 
     def stream(self, data: In, context: WorkflowContext) -> AsyncIterator[Out]:
         """Yield the items of the result."""
@@ -55,3 +57,22 @@ class StreamingPrimitive(WorkflowPrimitive[In, list[Out]]):
 
     async def _run(self, data: In, context: WorkflowContext) -> list[Out]:
         return [item async for item in self.stream(data, context)]
+
+
+_ARGUMENTS = frozenset({"data", "input_data", "context"})
+
+
+def _sorting(written: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the public ``stream`` over what the author has *written*: its arguments come in any spelling."""
+    turned = context_first(written)
+
+    @functools.wraps(written)
+    def stream(self: Any, *given: Any, **named: Any) -> Any:
+        if len(given) > 2 or not named.keys() <= _ARGUMENTS:
+            return written(self, *given, **named)  # it takes more than data and context: the author's own call
+        data, context = (*given, None, None)[:2]
+        data, context = sort_arguments(data, context, named)
+        return written(self, context, data) if turned else written(self, data, context)
+
+    stream._sorts = True  # type: ignore[attr-defined]
+    return stream
