@@ -17,9 +17,11 @@ import pytest
 
 from tta_sync.context import WorkflowContext
 from tta_sync.events import Event, StepEnded, StepStarted
+from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives import HedgePrimitive, MapPrimitive
 from tta_sync.primitives.observability import InstrumentedPrimitive, instrumented
-from tta_sync.primitives.recovery import TimeoutPrimitive
+from tta_sync.primitives.recovery import RetryPrimitive, TimeoutPrimitive
+from tta_sync.primitives.recovery.naming import shared_name
 from tta_sync.testing import FakeClock
 
 
@@ -215,6 +217,53 @@ def test_start_and_end_are_noted_and_told(workflow_events: list[Event]) -> None:
         StepStarted(step="work", correlation_id="id"),
         StepEnded(step="work", correlation_id="id", seconds=2.0),
     ]
+
+
+def test_name_is_the_class_when_nobody_has_given_one(workflow_events: list[Event]) -> None:
+    """Not the function in which it was written; a name of the class, or of a parent, or an argument comes first."""
+
+    class Inner(InstrumentedPrimitive[Any, Any]):
+        async def _execute_impl(self, data: Any, context: WorkflowContext) -> Any:
+            return data
+
+    class Lazy(Inner):
+        def __init__(self) -> None:
+            pass  # without a word to its parent
+
+    class Unnamed(Inner):
+        def __init__(self, name: Any = None) -> None:
+            self.name = name
+
+    class Named(Inner):
+        name = "mine"
+
+    class Heir(Named):
+        pass
+
+    steps = [Inner(), Inner(None), Lazy(), Named(), Heir(), Inner("given"), Named("given")]
+    names = ["Inner", "Inner", "Lazy", "mine", "mine", "given", "given"]
+    assert [step.name for step in steps] == names
+    steps.append(Unnamed())
+    names.append("Unnamed")
+    for step, name in zip(steps, names, strict=True):
+        workflow_events.clear()
+        context = WorkflowContext(clock=FakeClock())
+        run(RetryPrimitive(step) if isinstance(step, Lazy) else step, "x", context)
+        assert {event.step for event in workflow_events} == {name}
+        assert context.checkpoints[0][0] == f"{name}.start"
+        assert repr(step).endswith(name)
+
+
+def test_class_name_alone_is_no_name_that_processes_share() -> None:
+    """A limit or a circuit that all processes know must not be that of another module's class of the same name."""
+
+    class Local(InstrumentedPrimitive[Any, Any]):
+        pass
+
+    assert shared_name(Work(), "rate limit") == f"{Work.__module__}.Work"
+    assert shared_name(Work("given"), "rate limit") == "given"
+    with pytest.raises(ConfigurationError, match="give the rate limit name="):
+        shared_name(Local(), "rate limit")
 
 
 def test_failure_is_told_and_comes_through(workflow_events: list[Event]) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext
-from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, context_first, step_name
+from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, context_first
+
+
+class _ClassName:
+    """The name of a step whose author has given it none, here nor in its class: that of the class."""
+
+    def __get__(self, step: object, kind: type) -> str:
+        return kind.__name__
 
 
 class _Span:
@@ -96,8 +103,14 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
 
     tells_itself = True
 
+    if TYPE_CHECKING:
+        name: str
+    else:
+        name = _ClassName()
+
     def __init__(self, name: str | None = None) -> None:
-        self.name = name
+        if name:
+            self.name = name
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -111,7 +124,7 @@ class InstrumentedPrimitive(WorkflowPrimitive[In, Out]):
         )
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
-        name = step_name(self)
+        name = self.name or type(self).__name__  # an `__init__` of the user's may have set it to None
         span = _begin(context)
         context.checkpoint(f"{name}.start")
         began = context.clock.monotonic()

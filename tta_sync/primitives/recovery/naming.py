@@ -16,7 +16,8 @@ def shared_name(step: WorkflowPrimitive[Any, Any], what: str) -> str:
         ConfigurationError: there is none; *what* needs a name of its own.
     """
     inner = called(step)
-    if inner.name and not (isinstance(inner, LambdaPrimitive) and inner.name == step_name(inner.func)):
+    own = step_name(inner.func) if isinstance(inner, LambdaPrimitive) else type(inner).__name__
+    if inner.name and inner.name != own:  # that of a function or class alone may be another's in another module
         return inner.name
     from tta_sync.primitives.performance.cache import describe
 
