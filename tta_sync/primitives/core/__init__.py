@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tta_sync.context import WorkflowContext as WorkflowContext
     from tta_sync.primitives.core.base import (
         MISS as MISS,
         CallerPrimitive as CallerPrimitive,
@@ -33,6 +34,7 @@ _HOMES = {
         "CallerPrimitive",
         "LambdaPrimitive",
         "ThreadPrimitive",
+        "WorkflowContext",  # TTA.dev gives it here, too
         "WorkflowPrimitive",
         "caller_step",
         "step",

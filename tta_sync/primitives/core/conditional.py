@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tta_sync.context import WorkflowContext
 from tta_sync.events import bus
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name, told
+from tta_sync.primitives.core.routing import SwitchPrimitive as SwitchPrimitive  # where TTA.dev has it
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline
