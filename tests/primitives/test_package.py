@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import json
 import re
@@ -13,6 +14,8 @@ import pytest
 
 import tta_sync
 import tta_sync.primitives as primitives
+
+ROOT = Path(tta_sync.__file__ or "").parent
 
 INTEGRATIONS = [
     "flask", "werkzeug", "rq", "redis", "marshmallow", "sqlalchemy", "httpx", "gunicorn", "prometheus_client",
@@ -75,19 +78,64 @@ def test_namespace_is_what_it_says() -> None:
     assert set(primitives.__all__) <= set(namespace)
     core = importlib.import_module("tta_sync.primitives.core")
     assert set(core.__all__) <= set(dir(core))
+    recovery = importlib.import_module("tta_sync.primitives.recovery")
+    assert set(recovery.__all__) < set(dir(recovery))
     assert set(tta_sync.__all__) <= set(dir(tta_sync))
-    for module in (tta_sync, primitives, core):
+    for module in (tta_sync, primitives, core, recovery):
         with pytest.raises(AttributeError, match="no attribute 'NothingPrimitive'"):
             module.NothingPrimitive
 
 
+@pytest.mark.parametrize(
+    "module",
+    sorted(
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "primitives").rglob("*.py")
+    ),
+)
+def test_star_import_shadows_no_builtin(module: str) -> None:
+    """Who imports all of a module still catches Python's own TimeoutError by that name."""
+    namespace: dict[str, object] = {}
+    exec(f"from {module} import *", namespace)
+    shadowed = {name for name, value in namespace.items() if getattr(builtins, name, value) is not value}
+    assert not shadowed - {"__builtins__", "__doc__"}
+
+
+def test_timeout_error_is_importable_by_name() -> None:
+    """Under TTA.dev's name, from both places, though no star import gives it."""
+    from tta_sync.primitives.recovery import TimeoutError as from_package
+    from tta_sync.primitives.recovery.timeout import TimeoutError as from_module
+
+    assert from_package is from_module is tta_sync.exceptions.StepTimeoutError
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("core", "WorkflowContext"),
+        ("core.base", "WorkflowContext"),
+        ("core.conditional", "ConditionalPrimitive"),
+        ("core.conditional", "SwitchPrimitive"),
+        ("core.routing", "RouterPrimitive"),
+    ],
+)
+def test_names_are_where_tta_dev_has_them(module: str, name: str) -> None:
+    """The same object, wherever it is imported from."""
+    assert getattr(importlib.import_module(f"tta_sync.primitives.{module}"), name) is getattr(primitives, name)
+
+
 def test_type_checkers_see_the_names_that_run() -> None:
     """The imports for type checkers and the table for the interpreter hold the same names."""
-    for package in (tta_sync, primitives, importlib.import_module("tta_sync.primitives.core")):
+    for package in (
+        tta_sync,
+        primitives,
+        importlib.import_module("tta_sync.primitives.core"),
+        importlib.import_module("tta_sync.primitives.recovery"),
+    ):
         source = Path(package.__file__ or "").read_text()
         seen = source.partition("if TYPE_CHECKING:")[2].partition("_HOMES")[0]
         declared = set(re.findall(r" as (\w+)", seen))
-        assert declared == set(package.__all__)
+        assert declared - {"TimeoutError"} == set(package.__all__)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -68,7 +68,8 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # one table, not two that drift apart
+# One table, not two that drift apart; but a star import must not take the builtin TimeoutError's place.
+__all__ = sorted(_HOME.keys() - {"TimeoutError"})
 
 
 def __getattr__(name: str) -> Any:
@@ -80,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_HOME]

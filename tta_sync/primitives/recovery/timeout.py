@@ -26,6 +26,8 @@ from tta_sync.primitives.core.naming import call_name, called
 from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.core.threads import abandoned
 
+__all__ = ["TimeoutPrimitive"]  # no TimeoutError: a star import must not take the builtin's place
+
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
 TimeoutError = StepTimeoutError  # noqa: A001  # TTA.dev's name for it in this module
