@@ -32,6 +32,7 @@ from tta_sync.primitives.performance import CachePrimitive
 from tta_sync.primitives.recovery import (
     FallbackPrimitive,
     RetryPrimitive,
+    RetryStrategy,
     SagaPrimitive,
     TimeoutPrimitive,
 )
@@ -169,6 +170,13 @@ def test_users_strategy_is_nobodys_business(own: str) -> None:
     assert asyncio.run(flow.execute("x")) == "x"
     assert 'fails"| n' in flow.to_mermaid()
     assert Strategic().to_mermaid().count("[") == 1
+
+
+def test_retry_keeps_its_strategy_for_whoever_asks() -> None:
+    """``retry.strategy`` is what it was given, as in TTA.dev."""
+    strategy = RetryStrategy(max_retries=1)
+    assert RetryPrimitive(a, strategy=strategy).strategy is strategy
+    assert RetryPrimitive(a).strategy is None
 
 
 def test_composite_is_drawn_as_a_frame_when_its_outline_is_its_own() -> None:

@@ -215,7 +215,6 @@ class WorkflowPrimitive(Generic[In, Out]):
     tells_itself: ClassVar[bool] = False  # True: composites around it emit no StepStarted and StepEnded for it
     runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
     _operator: str = ""  # with which the repr joins several parts, so that brackets go round it
-    strategy: ClassVar[str] = ""
     _tta_kind: ClassVar[str] = ""  # "cache", "fallback", "saga", "timeout": for who asks without importing the class
 
     def __init_subclass__(cls, **keywords: Any) -> None:

@@ -38,7 +38,6 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     name: str
-    strategy = "bulkhead"
     peeks = True
     peek_raises = True
 

@@ -377,7 +377,6 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     name: str
-    strategy = "circuit_breaker"
     peeks = True
     peek_raises = True
 

@@ -41,7 +41,6 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
     Source: TTA.dev; the types of error as in Polly's ``ShouldHandle``.
     """
 
-    strategy = "fallback"
     _tta_kind = "fallback"
     peeks = True
 

@@ -369,6 +369,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
         if strategy is not None and (max_retries is not None or backoff_strategy is not None):
             raise ConfigurationError("give a RetryStrategy, or max_retries and backoff_strategy, not both")
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
+        self.strategy = strategy
         if name is not None:
             self.name = name
         self.max_retries = 3 if max_retries is None else max_retries
