@@ -20,6 +20,7 @@ from tta_sync.primitives import (
     TimeoutPrimitive,
 )
 from tta_sync.primitives.core.base import MISS
+from tta_sync.primitives.core.conditional import ConditionalPrimitive
 from tta_sync.primitives.performance import CachePrimitive
 
 
@@ -202,6 +203,15 @@ def test_three_caches_forget_together_when_they_stand_one_in_another(step: Any) 
         assert step.calls == before + 1
     caches[1].clear_cache()
     assert [cache.get_stats()["size"] for cache in caches] == [0, 0, 1]
+
+
+def test_workflow_that_contains_itself_has_a_name_in_a_shared_store() -> None:
+    """Its default namespace and its identity are those of its other steps."""
+    tree = ConditionalPrimitive(bool, add, double)
+    tree.else_primitive = tree
+    store = InMemoryBackend()
+    assert run(CachePrimitive(tree, ttl=60, backend=store), 1) == 2
+    assert run(CachePrimitive(tree, ttl=60, backend=store), 1) == 2
 
 
 # ---- what defeats itself ---------------------------------------------------------------------------------------------

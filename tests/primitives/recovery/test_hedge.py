@@ -16,6 +16,7 @@ from tta_sync import events
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError, StepTimeoutError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step
+from tta_sync.primitives.core.conditional import ConditionalPrimitive
 from tta_sync.primitives.recovery import (
     CircuitBreakerPrimitive,
     HedgePrimitive,
@@ -345,3 +346,14 @@ def test_error_leaves_no_reference_cycle() -> None:
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_workflow_that_contains_itself_is_judged_by_its_other_parts() -> None:
+    """What walks down a tree is built, or refused, and ends."""
+    safe, unsafe = step(lambda data: data, idempotent=True), step(lambda data: data)
+    tree = ConditionalPrimitive(bool, safe, safe)
+    tree.else_primitive = tree
+    assert asyncio.run(HedgePrimitive(tree, delay=1.0).execute(1)) == 1
+    tree.then_primitive = unsafe
+    with pytest.raises(ConfigurationError, match="must be declared harmless"):
+        HedgePrimitive(tree, delay=1.0)

@@ -549,7 +549,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 # ---- what a cache is over -------------------------------------------------------------------------------------------
 
 
-def describe(primitive: WorkflowPrimitive[Any, Any]) -> str:
+def describe(primitive: WorkflowPrimitive[Any, Any], above: tuple[int, ...] = ()) -> str:
     """Return the qualified names of the steps inside, the same in every process that runs the same code."""
     if isinstance(primitive, LambdaPrimitive):
         return _qualified(primitive.func)
@@ -557,7 +557,8 @@ def describe(primitive: WorkflowPrimitive[Any, Any]) -> str:
     if not parts:
         foreign = getattr(primitive, "foreign", None)
         return _qualified(type(primitive if foreign is None else foreign))
-    inside = ">".join(map(describe, parts))
+    above = (*above, id(primitive))
+    inside = ">".join("..." if id(part) in above else describe(part, above) for part in parts)
     return inside if isinstance(primitive, CachePrimitive) else f"{type(primitive).__name__}({inside})"
 
 
@@ -567,14 +568,15 @@ def _qualified(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-def _leaves(primitive: WorkflowPrimitive[Any, Any]) -> list[Any]:
+def _leaves(primitive: WorkflowPrimitive[Any, Any], above: tuple[int, ...] = ()) -> list[Any]:
     """Return the users' own functions and objects inside, which stay the same where wrappers are made anew."""
     if isinstance(primitive, LambdaPrimitive):
         return [primitive.func]
     parts = children_of(primitive)
     if not parts:
         return [getattr(primitive, "foreign", primitive)]
-    return [leaf for part in parts for leaf in _leaves(part)]
+    above = (*above, id(primitive))
+    return [leaf for part in parts if id(part) not in above for leaf in _leaves(part, above)]
 
 
 def _extent(primitive: WorkflowPrimitive[Any, Any]) -> list[Any]:

@@ -33,12 +33,14 @@ def percentile(durations: list[float], share: float) -> float:
     return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)]
 
 
-def declared_idempotent(step: WorkflowPrimitive[Any, Any]) -> bool:
+def declared_idempotent(step: WorkflowPrimitive[Any, Any], above: tuple[int, ...] = ()) -> bool:
     """Say whether it is written down, for *step* or for all that it is made of, that it may run twice."""
     if step.idempotent is not None:
         return step.idempotent
+    above = (*above, id(step))
     parts = children_of(step)
-    return bool(parts) and all(map(declared_idempotent, parts))
+    # A workflow that contains itself: what is said of its other parts decides.
+    return bool(parts) and all(id(part) in above or declared_idempotent(part, above) for part in parts)
 
 
 class HedgePrimitive(WorkflowPrimitive[In, Out]):
