@@ -407,6 +407,84 @@ def test_forked_child_leaves_the_port_to_its_parent() -> None:
     assert (done.stdout.strip(), done.stderr) == ("free", "")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_forked_child_goes_on_when_another_thread_held_a_lock(shared: bool, tmp_path: Path) -> None:
+    """It counts, writes, serves and shuts down, whichever lock a thread of its parent had at the fork."""
+    code = """if True:
+        import os, signal, threading, warnings
+        import prometheus_client
+        from prometheus_client import values
+        from tta_sync import events
+        from tta_sync.events import BreakerOpened, CacheMiss, HedgeStarted, LoopRestarted, StepEnded
+        from tta_sync.observability import initialize, initialize_observability
+
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+        registry = prometheus_client.CollectorRegistry()
+        made = initialize_observability(
+            "shop", prometheus_port=None, enable_logs=False, prometheus_registry=registry
+        )
+
+        def tell(step):
+            for event in (
+                HedgeStarted(step=step, delay=0.1), StepEnded(step=step, seconds=0.1),
+                LoopRestarted(step="", waiting=1), CacheMiss(step=step),
+                BreakerOpened(step=step, failures=1, retry_after=1.0),
+            ):
+                events.bus.emit(event)
+
+        tell("s")
+        by_name = {collector._name: collector for collector in made.metrics._collectors}
+        hedges, steps = by_name["tta_hedges"], by_name["tta_step_duration_seconds"]
+        locks = {
+            "bus": events.bus._lock,
+            "initialize": initialize._lock,
+            "registry": registry._lock,
+            "labels": hedges._lock,
+            "names": made.metrics._values[0]._lock,
+        }
+        if values.ValueClass is values.MutexValue:
+            locks["value"] = hedges.labels("s")._value._lock
+            locks["value without labels"] = by_name["tta_loop_restarts"]._value._lock
+            locks["gauge"] = by_name["tta_circuit_state"].labels("s")._value._lock
+            locks["sum"] = steps.labels("s", "ok")._sum._lock
+            locks["bucket"] = steps.labels("s", "ok")._buckets[-1]._lock
+        else:
+            names = values.ValueClass.inc.__code__.co_freevars
+            locks["values"] = values.ValueClass.inc.__closure__[names.index("lock")].cell_contents
+
+        def hold(lock):
+            with lock:
+                held.set()
+                forked.wait(60)
+
+        for name, lock in locks.items():
+            held, forked = threading.Event(), threading.Event()
+            thread = threading.Thread(target=hold, args=(lock,))
+            thread.start()
+            assert held.wait(20)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)  # a child that hangs is killed
+                tell("s")
+                tell("new")
+                if values.ValueClass is values.MutexValue:
+                    assert hedges.labels("s")._value.get() == 2.0
+                prometheus_client.generate_latest(registry)
+                made.shutdown()
+                os._exit(0)
+            print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            forked.set()
+            thread.join()
+    """
+    environment = {**os.environ, **({"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)} if shared else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=110, check=False
+    )
+    told = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert (set(told.values()), done.stderr) == ({"0"}, ""), told
+    assert len(told) == (6 if shared else 10)
+
+
 def test_fork_hook_closes_only_the_port(started: Callable[..., Observability]) -> None:
     """In the child the server is forgotten and the hooks stay; without a server there is nothing to do."""
     observability = started()
@@ -421,6 +499,39 @@ def test_fork_hook_closes_only_the_port(started: Callable[..., Observability]) -
     thread.join(20)
     started("quiet", enable_prometheus=False)
     initialize_module._in_child()
+
+
+def test_fork_hook_frees_every_lock_of_the_metrics(
+    started: Callable[..., Observability], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of labels, of values, of sums and buckets, and the one that values have in common where processes share them."""
+    metrics = started(prometheus_port=None).metrics
+    assert metrics is not None
+    for event, _, _ in EVENTS:
+        events.bus.emit(event)  # type: ignore[misc]
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    shared = prometheus_client.values.MultiProcessValue()
+    monkeypatch.setattr(prometheus_client.values, "ValueClass", shared)
+    cell = shared.inc.__closure__[shared.inc.__code__.co_freevars.index("lock")]
+
+    def locks() -> dict[int, Any]:
+        parts = [metrics.registry, *metrics._values, *metrics._collectors]
+        for part in parts:  # grows meanwhile
+            parts += [*getattr(part, "_metrics", {}).values(), *getattr(part, "_buckets", ())]
+            parts += [getattr(part, name) for name in ("_value", "_sum") if hasattr(part, name)]
+        found = [part._lock for part in parts if hasattr(part, "_lock")]
+        return {id(lock): lock for lock in (*found, cell.cell_contents)}
+
+    held = locks()
+    assert len(held) > 100
+    for lock in held.values():
+        assert lock.acquire(blocking=False)
+    metrics.after_fork()
+    freed = locks()
+    assert len(freed) == len(held)
+    for lock in freed.values():
+        assert lock.acquire(blocking=False)
+        lock.release()
 
 
 def test_shared_directory_is_served_where_it_is_set(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,14 @@ class EventBus:
 
 
 bus = EventBus()
+
+
+def _in_child() -> None:
+    bus._lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tta_sync.exceptions import ConfigurationError
+from tta_sync.primitives.recovery.forks import renew_after_fork
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tta_sync.events import Event
 
 logger = logging.getLogger("tta_sync")
+
+_LOCK = type(threading.Lock())
 
 MAX_NAMES = 1000
 """How many different values a label has: a name made at run time must not fill the server's memory."""
@@ -28,6 +31,9 @@ class _Values:
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._lock = threading.Lock()  # guards _known while a new one is let in
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def __call__(self, value: str) -> str:
         if value in self._known:
@@ -91,7 +97,8 @@ class PrometheusHook:
         transactions = histogram("tta_transaction_held_seconds", "How long transactions were held across an await")
 
         # One store of values for each label: what is strange in one must not crowd out the names of another.
-        step, name, used, code, by, layer, reason = (_Values() for _ in range(7))
+        self._values = tuple(_Values() for _ in range(7))
+        step, name, used, code, by, layer, reason = self._values
 
         def looked_up(event: Any, result: str) -> None:
             cache.labels(step(event.step), layer(event.layer), result).inc()
@@ -129,11 +136,21 @@ class PrometheusHook:
             "LoopRestarted": lambda e: restarts.inc(),
             "TransactionHeld": lambda e: transactions.observe(e.seconds),
         }
+        renew_after_fork(self)
 
     def __call__(self, event: Event) -> None:
         record = self._records.get(type(event).__name__)
         if record is not None:
             record(event)
+
+    def after_fork(self) -> None:
+        """In a forked child: free the locks that threads of the parent may have held, a scrape's for instance."""
+        for values in self._values:
+            values.after_fork()
+        _free(self.registry)
+        for collector in self._collectors:
+            _free(collector)
+        _free_shared_values()
 
     def close(self) -> None:
         """Take the metrics out of the registry."""
@@ -143,6 +160,29 @@ class PrometheusHook:
     def _made(self, collector: Any) -> Any:
         self._collectors.append(collector)
         return collector
+
+
+def _free(part: Any) -> None:
+    """Give *part* of prometheus_client, and the parts that it is made of, locks that nobody holds.
+
+    The library does nothing about forks. Its metrics have a lock for their labels and one for each value.
+    """
+    if hasattr(part, "_lock"):
+        part._lock = threading.RLock()  # in the place of a Lock or an RLock: the library's versions differ
+    for inner in (*getattr(part, "_metrics", {}).values(), *getattr(part, "_buckets", ())):
+        _free(inner)
+    for name in ("_value", "_sum"):
+        if hasattr(part, name):
+            _free(getattr(part, name))
+
+
+def _free_shared_values() -> None:
+    """Free the one lock that all values have which processes share; it is a variable of the function that made them."""
+    from prometheus_client import values
+
+    for cell in getattr(getattr(values.ValueClass, "inc", None), "__closure__", None) or ():
+        if isinstance(cell.cell_contents, _LOCK):
+            cell.cell_contents = threading.Lock()
 
 
 def _outcome(error: BaseException | None) -> str:
