@@ -634,6 +634,46 @@ def test_json_lines_go_to_stderr_where_no_handler_would_show_them() -> None:
     }
 
 
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_handlers_that_the_application_adds_later_take_over(level: str) -> None:
+    """A line appears once: as JSON before, then in the application's own format and from its own level on."""
+    code = f"""if True:
+        import logging
+        from tta_sync import events
+        from tta_sync.events import BreakerOpened, HedgeStarted
+        from tta_sync.observability import initialize_observability
+        made = initialize_observability("shop", enable_prometheus=False)
+        def tell(step):
+            events.bus.emit(HedgeStarted(step=step, delay=0.1))
+            events.bus.emit(BreakerOpened(step=step, failures=5, retry_after=60.0))
+        tell("before")
+        logging.basicConfig(level="{level}", format="app: %(message)s")
+        tell("after")
+        made.shutdown()
+        logger = logging.getLogger("tta_sync.events")
+        assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    lines = done.stderr.splitlines()
+    assert [json.loads(line)["event"] for line in lines[:2]] == ["hedge_started", "breaker_opened"]
+    hedge = ["app: hedge_started step=after delay=0.1"] if level == "INFO" else []
+    assert lines[2:] == [*hedge, "app: breaker_opened step=after failures=5 retry_after=60.0"]
+
+
+def test_handler_of_ours_stays_while_others_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger that does not propagate keeps its lines from the root's handlers; a level set by hand is left alone."""
+    logger = logging.getLogger("tta_sync.events")
+    monkeypatch.setattr(logger, "propagate", False)
+    hook = logs_module.LogHook("shop")
+    hook(records.HedgeStarted(step="s", delay=0.1))
+    assert len(logger.handlers) == 1
+    logger.setLevel(logging.ERROR)
+    hook.close()
+    hook.close()
+    assert (logger.handlers, logger.level) == ([], logging.ERROR)
+    logger.setLevel(logging.NOTSET)
+
+
 def test_json_formatter_serves_other_records_too() -> None:
     """A plain record becomes its message, an exception its traceback."""
     handler = logging.StreamHandler(stream := io.StringIO())

@@ -86,7 +86,9 @@ class LogHook:
     """Write a log line per event to the logger ``tta_sync.events``.
 
     Where structlog is configured, it gets event and fields. Else the line is logfmt text, and the record carries the
-    fields as ``record.tta``; where no handler would show it, a handler is added that writes JSON lines to stderr.
+    fields as ``record.tta``; where no handler would show it, a handler is added that writes JSON lines to stderr. That
+    handler is taken away as soon as the application has one, as by a later ``logging.basicConfig()``: no line appears
+    twice.
     """
 
     def __init__(self, service_name: str, *, error_text: bool = False) -> None:
@@ -99,6 +101,7 @@ class LogHook:
             self._handler = logging.StreamHandler(sys.stderr)
             self._handler.setFormatter(JSONFormatter())
             self._logger.addHandler(self._handler)
+            self._level_before = self._logger.level
             self._logger.setLevel(logging.INFO)
 
     def __call__(self, event: Event) -> None:
@@ -106,16 +109,31 @@ class LogHook:
         if self._structlog is not None:
             told = event_fields(event, error_text=self._error_text)
             self._structlog.log(level, event_name(event), service=self._service, **told)
-        elif self._logger.isEnabledFor(level):
+            return
+        if self._handler is not None and self._shown_by_others():
+            self.close()
+        if self._logger.isEnabledFor(level):
             name = event_name(event)
             told = event_fields(event, error_text=self._error_text)
             extra = {"tta": {"event": name, "service": self._service, **told}}
             self._logger.log(level, "%s", logfmt(name, told), extra=extra)
 
+    def _shown_by_others(self) -> bool:
+        """Say whether a handler of somebody else's gets our lines as well."""
+        logger: logging.Logger | None = self._logger
+        while logger is not None:
+            if any(handler is not self._handler for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
+
     def close(self) -> None:
+        """Take the handler away, if one was added."""
         if self._handler is not None:
             self._logger.removeHandler(self._handler)
-            self._logger.setLevel(logging.NOTSET)
+            if self._logger.level == logging.INFO:  # else somebody has set his own
+                self._logger.setLevel(self._level_before)
+            self._handler = None
 
 
 def _configured_structlog() -> Any:
