@@ -7,6 +7,8 @@ can → hop to the loop and wait.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  # see _hook_exit
+import contextlib
 import contextvars
 import inspect
 import itertools
@@ -174,6 +176,12 @@ class SyncFacade:
             raise ConfigurationError(
                 'drive="caller" would hold all greenlets of the thread: use drive="thread" with gevent'
             )
+        # What a call will need is imported now: a signal's exception in an import would leave the module locked.
+        if drive == "caller":
+            import tta_sync.runtime.driven  # noqa: F401
+        if use_uvloop:
+            with contextlib.suppress(ImportError):  # said at the first call
+                import uvloop  # noqa: F401
         self.drive = drive
         self.max_in_flight = max_in_flight
         self.default_timeout = default_timeout
@@ -597,9 +605,7 @@ def _hook_exit() -> None:
     if _exit.hooked:
         return
     # threading's own exit list runs before executors are joined, the only moment at which to_thread still works in
-    # clean-up code. concurrent.futures.thread must be on that list before us, for the list is worked off backwards.
-    import concurrent.futures.thread  # noqa: F401
-
+    # clean-up code. concurrent.futures.thread, imported above, is on that list before us: it is worked off backwards.
     register = getattr(threading, "_register_atexit", None)
     if register is None:  # a Python without the private function
         import atexit

@@ -177,6 +177,25 @@ assert facade.call_sync(begin) == 1
 """,
         ["cleaned"],
     ),
+    "streams whose clean-up takes too long": (
+        """
+async def numbers():
+    try:
+        while True:
+            await asyncio.sleep(0.01)
+            yield 1
+    finally:
+        await asyncio.sleep(60)
+async def consume():
+    async for _ in numbers():
+        pass
+threading.Thread(target=lambda: list(facade.iterate_sync(numbers)), daemon=True).start()
+threading.Thread(target=facade.call_sync, args=(consume,), daemon=True).start()
+until(lambda: [record.state for record in facade.in_flight()] == ["running"] * 2)
+time.sleep(0.05)
+""",
+        [],
+    ),
     "stubborn work on four facades": (
         """
 async def stubborn():

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -68,3 +68,23 @@ def test_stats_can_be_read_by_name_or_by_key(facade: SyncFacade) -> None:
     stats = facade.stats()
     assert stats.calls == stats["calls"] == 1
     assert stats.generation == stats["generation"]
+
+
+def test_dump_says_where_a_stream_stands(facade: SyncFacade) -> None:
+    """The line in the generator, or in what it awaits; not that of the runtime which drives it."""
+
+    async def pause() -> None:
+        await asyncio.sleep(3600)
+
+    async def numbers() -> AsyncIterator[int]:
+        yield 1
+        await pause()
+
+    stream = facade.iterate_sync(numbers)
+    assert next(stream) == 1
+    give_up = time.monotonic() + 10
+    line = pause.__code__.co_firstlineno + 1
+    while f"{__file__}:{line} in " not in facade.dump():
+        assert time.monotonic() < give_up, facade.dump()
+        time.sleep(0.002)
+    stream.close()

@@ -104,7 +104,7 @@ def test_calls_are_answered_when_there_is_no_such_thing(
     monkeypatch: pytest.MonkeyPatch, in_thread: Any, threads: int
 ) -> None:
     """Another platform, another C library: a raw lock does, more slowly."""
-    monkeypatch.setitem(sys.modules, "tta_sync.runtime.semaphore", None)
+    monkeypatch.setattr(native, "Semaphore", None)
     assert type(native.new_waiter()) is type(threading.Lock())
     facade = SyncFacade()
 

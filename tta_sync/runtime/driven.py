@@ -16,6 +16,7 @@ strike between taking a lock and noting that one has it, but never hides who hol
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -34,6 +35,8 @@ from tta_sync.runtime.signals import HeldBack
 if TYPE_CHECKING:
     from tta_sync.runtime.selector import BellSelector
 
+logger = logging.getLogger("tta_sync")
+
 VACANCY = 0.01
 """Seconds for which the baton may lie before the standby driver takes it."""
 POLL = 0.02
@@ -50,11 +53,29 @@ class _Loop(asyncio.SelectorEventLoop):
 
     def __init__(self, totals: Totals, selector: BellSelector | None) -> None:
         super().__init__(selector)
+        self.struck: BaseException | None = None
         self._totals = totals
 
     def stop(self) -> None:
         self._totals.add("restarts")
         super().stop()
+
+    def add_signal_handler(self, *_: object) -> None:  # nobody gets to call it
+        """Refuse, as on any thread that is not the main one: the next driver will be another."""
+        raise RuntimeError(
+            "the loop is turned by whichever caller waits, and has no signals of its own: "
+            "use signal.signal on the main thread"
+        )
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keep what was thrown into this thread while the runtime's own code ran: it is for the driver, not the log."""
+        owner = getattr(getattr(context.get("handle"), "_callback", None), "__self__", None)
+        error = context.get("exception")
+        if error is not None and (owner is self or type(owner).__module__.startswith(_OWN)):
+            self.struck = error
+            self.halt()
+        else:
+            super().call_exception_handler(context)
 
     halt = asyncio.SelectorEventLoop.stop
 
@@ -245,12 +266,33 @@ class DrivenLoop(ManagedLoop):
                 self.loop.run_forever()
         except BaseException as error:
             if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it
-                self._note_failure(error)
-                if call is not None and not isinstance(error, (OSError, RuntimeError, ValueError)):
+                broken = self._is_broken()
+                if broken or call is None:
+                    self._note_failure(error)
+                if call is not None and not (broken and isinstance(error, (OSError, RuntimeError, ValueError))):
                     raise  # thrown into this thread from outside, as RQ's TimerDeathPenalty does: it is the caller's
         finally:
             self.driver = None
             self.ident = 0
+            struck, self.loop.struck = self.loop.struck, None
+        if struck is not None:
+            try:
+                if call is not None:
+                    raise struck
+                logger.error("an exception was thrown into the thread that turned the loop", exc_info=struck)
+            finally:
+                del struck  # its traceback holds this frame: no cycle
+
+    def _is_broken(self) -> bool:
+        """Say whether the loop cannot go on: it was closed, or a descriptor of its own was, under it."""
+        loop: Any = self.loop
+        if loop.is_closed():
+            return True
+        try:
+            loop._selector.select(0)  # what it finds is found again by the next turn
+        except Exception:
+            return True
+        return False
 
     def _note_failure(self, error: BaseException) -> None:
         self.death = error
@@ -258,17 +300,6 @@ class DrivenLoop(ManagedLoop):
         if self.loop.is_closed() or (len(self._failures) == 3 and self._failures[-1] - self._failures[0] < 1.0):
             self._broken = True  # the standby driver buries it, and only then tells the others
             self._wake_standby()
-
-    def _drive(self, call: Call) -> None:
-        """Drive for *call*; on the main thread, with the signals held back."""
-        if native.get_ident() != threading.main_thread().ident:
-            self.turn(call)
-            return
-        held_back = self._held_back = HeldBack(self, call)
-        try:
-            held_back.turn()
-        finally:
-            self._held_back = None
 
     def let_go(self) -> None:
         """Make the driver leave the loop. Its own thread, in a signal handler too."""
@@ -312,13 +343,24 @@ class DrivenLoop(ManagedLoop):
 
     def wait(self, call: Call, seconds: float) -> None:
         """Drive until there is something to see about *call*; where another drives, wait for it."""
+        self._wait(call, seconds, call.began)  # one that has not begun is told by its first step, or by its deadline
+
+    def wait_at_most(self, call: Call, seconds: float) -> None:
+        self._wait(call, seconds, True)
+
+    def _wait(self, call: Call, seconds: float, timed: bool) -> None:
         timer = None
+        held_back: HeldBack | None = None
         mark: list[int] = [native.get_ident()]
         try:
             if not self._broken and not self.stopping and self._take(mark):
-                if call.began:
+                if timed:
                     timer = self.loop.call_later(seconds, call.wake)
-                self._drive(call)
+                if mark[0] != threading.main_thread().ident:
+                    self.turn(call)
+                else:
+                    held_back = self._held_back = HeldBack(self, call)
+                    held_back.turn()
             else:
                 call.waiting = True  # type: ignore[attr-defined]
                 if not self._armed:
@@ -327,10 +369,16 @@ class DrivenLoop(ManagedLoop):
                 # A baton that is put down is offered by a wake-up; were one lost, a poll would find it.
                 call.lock.acquire(True, min(seconds, POLL))
         finally:
-            call.waiting = False  # type: ignore[attr-defined]
-            if timer is not None:
-                timer.cancel()
-            self._pass_on(mark)
+            try:
+                call.waiting = False  # type: ignore[attr-defined]
+                if timer is not None:
+                    timer.cancel()
+                if held_back is not None:
+                    self._held_back = None
+                self._pass_on(mark)
+            finally:
+                if held_back is not None:
+                    held_back.deliver()  # only now: a handler may call the facade itself
 
     def refuse(self) -> None:
         super().refuse()
@@ -346,6 +394,7 @@ def _comes_from_a_callback(error: BaseException) -> bool:
     return False
 
 
+_OWN = __name__.rpartition(".")[0]
 _RUN_HANDLE = asyncio.Handle._run.__code__
 
 OUTER_EDGE.add(DrivenLoop.turn.__code__)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dis
 import gc
 import sys
+import sysconfig
 from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from tta_sync.runtime import generation, native
 
-_RAISE_OPCODES: frozenset[int] = frozenset()
+_RAISE_OPCODE = dis.opmap["RAISE_VARARGS"]
 
 
 def forget_earlier_raises(error: BaseException, boundaries: frozenset[CodeType], detours: frozenset[CodeType]) -> None:
@@ -53,28 +55,24 @@ def _comes_again(raised: TracebackType) -> bool:
 
 
 def _at_raise(entry: TracebackType) -> bool:
-    global _RAISE_OPCODES
-    if not _RAISE_OPCODES:
-        import dis
-
-        _RAISE_OPCODES = frozenset({dis.opmap["RAISE_VARARGS"]})
-    return entry.tb_frame.f_code.co_code[entry.tb_lasti] in _RAISE_OPCODES
+    return entry.tb_frame.f_code.co_code[entry.tb_lasti] == _RAISE_OPCODE
 
 
 @lru_cache(maxsize=1)
 def _foreign_paths() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return where the standard library and this package live, and where other packages do."""
-    import sysconfig
-
     paths = sysconfig.get_paths()
     own = __file__.rpartition("runtime")[0]
     return (own, "<frozen"), (paths["purelib"], paths["platlib"])
 
 
+def prepare() -> None:
+    """Have sysconfig import what it needs. Not on a caller's thread, where a signal may strike in an import."""
+    _is_user_file(__file__)
+
+
 @lru_cache(maxsize=1024)
 def _is_user_file(filename: str) -> bool:
-    import sysconfig
-
     own, packages = _foreign_paths()
     if filename.startswith(own + packages):
         return False
@@ -101,14 +99,21 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def innermost_user_frame(coroutine: Any) -> FrameType | None:
-    """Return the innermost user frame of a suspended coroutine, following what it awaits."""
+    """Return the innermost user frame of a suspended coroutine or async generator, following what it awaits."""
     best: FrameType | None = None
     while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        kind = next((kind for kind in _SUSPENDED if hasattr(coroutine, kind[0])), None)
+        if kind is None:
+            break
+        frame = getattr(coroutine, kind[0])
         if frame is not None and _is_user_file(frame.f_code.co_filename):
             best = frame
-        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+        coroutine = getattr(coroutine, kind[1])
     return best
+
+
+_SUSPENDED = (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame", "ag_await"))
+"""Where coroutines, generators and async generators show their frame, and what they wait for."""
 
 
 def context_of(task: asyncio.Task[Any]) -> contextvars.Context | None:

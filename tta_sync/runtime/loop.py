@@ -21,7 +21,7 @@ import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tta_sync import events
 from tta_sync.context import current_caller
@@ -33,16 +33,19 @@ from tta_sync.runtime.frames import (
     forget_earlier_raises,
     innermost_user_frame,
     place,
+    prepare,
     running_frame,
     user_frame,
 )
 from tta_sync.runtime.pool import DaemonPool
 from tta_sync.runtime.resources import OpenResources, belongs_to_a_resource
-from tta_sync.runtime.streaming import Stream
+from tta_sync.runtime.streaming import Pipe, Stream
 from tta_sync.runtime.watchdog import Watchdog
 
-if TYPE_CHECKING:
+try:
     from tta_sync.runtime.selector import BellSelector
+except ImportError:  # another platform
+    BellSelector = None  # type: ignore[assignment,misc]
 
 logger = logging.getLogger("tta_sync")
 
@@ -129,9 +132,7 @@ class ManagedLoop:
 
     def _new_selector(self) -> BellSelector | None:
         """Make the bell, and the selector that answers it; None where there is no such thing."""
-        try:
-            from tta_sync.runtime.selector import BellSelector
-        except ImportError:
+        if BellSelector is None:
             return None
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         return BellSelector(self._bell, self._answer_bell)
@@ -162,6 +163,7 @@ class ManagedLoop:
             self._unclaimed.pop()  # atomic
         except IndexError:
             return
+        prepare()
         self._spawn(self.watchdog.watch, "tta_sync-watchdog")
         self._run_forever()
 
@@ -242,7 +244,8 @@ class ManagedLoop:
 
     def __del__(self) -> None:
         # Not when the loop ends: a caller may be about to write to the descriptor, which by then could be a stranger's.
-        if getattr(self, "_bell", -1) >= 0:
+        # Nor in a forked child, where the number may be somebody else's by now.
+        if getattr(self, "_bell", -1) >= 0 and self.generation == generation.current.number:
             try:
                 os.close(self._bell)
             except OSError:
@@ -321,6 +324,7 @@ class ManagedLoop:
                 except asyncio.CancelledError:
                     pass  # one of them cancels all tasks there are
             await self.resources.close(min(grace, 0.5))
+            self._be_quiet_about_generators()
             try:
                 await asyncio.wait_for(self.loop.shutdown_asyncgens(), 0.2)
             except TimeoutError:
@@ -328,6 +332,21 @@ class ManagedLoop:
         finally:  # also where somebody cancels all tasks, this one with them: the thread must end
             self.stopping = True
             self._halt()
+
+    def _be_quiet_about_generators(self) -> None:
+        """Have nobody told of generators that cannot be closed, as they still run: their calls were told already."""
+        loop = self.loop
+        before = loop.get_exception_handler()
+
+        def handle(_: AbstractEventLoop, context: dict[str, Any]) -> None:
+            if "asyncgen" in context:
+                logger.debug("%s", context.get("message"))
+            elif before is None:
+                loop.default_exception_handler(context)
+            else:
+                before(loop, context)
+
+        loop.set_exception_handler(handle)
 
     def _halt(self) -> None:
         self.loop.stop()
@@ -425,6 +444,10 @@ class ManagedLoop:
     def wait(self, call: Call, seconds: float) -> None:
         """Wait until there may be something to see about *call*, *seconds* at most; -1 is for ever."""
         call.lock.acquire(True, seconds)
+
+    def wait_at_most(self, call: Call, seconds: float) -> None:
+        """Wait as :meth:`wait` does, also for a call that may not have begun, and not for longer."""
+        self.wait(call, seconds)
 
     def submit(self, call: Call) -> None:
         """Queue *call* and wake the loop. The caller looks after FIRST_WAIT whether it has begun."""
@@ -542,7 +565,10 @@ class ManagedLoop:
         task = call.task
         if task is None or not call.began:
             return "waiting for its turn; the loop is at " + place(user_frame(running_frame(self.ident)))
-        frame = innermost_user_frame(task.get_coro())
+        pipe = getattr(call.fn, "__self__", None)
+        frame = innermost_user_frame(pipe.iterator) if isinstance(pipe, Pipe) else None
+        if frame is None:
+            frame = innermost_user_frame(task.get_coro())
         if frame is None or task is asyncio.current_task(self.loop):
             frame = user_frame(running_frame(self.ident)) or frame
         return "at " + place(frame)

@@ -6,6 +6,14 @@ import _thread
 import sys
 from typing import Any
 
+Semaphore: Any
+try:
+    # Here, and not at a caller's first wait: a signal's exception in the middle of an import leaves the module's lock
+    # held for good, and every other thread that wants the module waits for ever. So it is with all that calls need.
+    from tta_sync.runtime.semaphore import Semaphore
+except ImportError:
+    Semaphore = None
+
 
 def _original(module: str, name: str, default: Any) -> Any:
     monkey = sys.modules.get("gevent.monkey")
@@ -28,11 +36,7 @@ def new_lock() -> Any:
 
 def new_waiter() -> Any:
     """Return what one thread waits on and others release: the C library's semaphore, else a raw lock."""
-    try:
-        from tta_sync.runtime.semaphore import Semaphore
-    except ImportError:
-        return new_lock()
-    return Semaphore()
+    return new_lock() if Semaphore is None else Semaphore()
 
 
 def threads_are_greenlets() -> bool:

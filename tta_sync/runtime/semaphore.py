@@ -5,7 +5,7 @@ wants: it wakes, sleeps again, and is woken a second time. A foreign call gives 
 so that one wake-up is enough. With 16 callers on one core that is 1.0 instead of 2.3 context switches a call, and two
 thirds of the processor time (``make bench ARGS=bridge``).
 
-Imported where it is first needed, for it imports ctypes; an ImportError where the platform has no such thing.
+An ImportError where the platform has no such thing.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ PATIENCE = 0.1
 """Seconds that a signal is held back for a loop that lets go, before it is taken for one that is blocked."""
 
 _NAMES = (
-    "SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGTERM SIGCHLD "
-    "SIGCONT SIGTSTP SIGXCPU SIGVTALRM SIGPROF SIGWINCH SIGIO"
+    "SIGHUP SIGINT SIGQUIT SIGTRAP SIGABRT SIGUSR1 SIGUSR2 SIGPIPE SIGALRM SIGTERM SIGCHLD SIGCONT SIGTSTP SIGTTIN "
+    "SIGTTOU SIGURG SIGXCPU SIGVTALRM SIGPROF SIGWINCH SIGIO SIGPWR SIGSYS"
 )
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES.split() if hasattr(signal, name))
 
@@ -50,7 +50,7 @@ class HeldBack:
         self._driving = True
 
     def turn(self) -> None:
-        """Run the loop for the call, with the handlers of all signals held back; then deliver what came."""
+        """Run the loop for the call, with the handlers of all signals held back."""
         handlers, defer = self._handlers, self._defer
         try:
             for number in _SIGNALS:
@@ -63,13 +63,14 @@ class HeldBack:
             if not self._may_repeat.pop("may", False):
                 self._await_repeat()
             self._driving = False
-            try:
-                for number, handler in handlers.items():
-                    if _signal.getsignal(number) is defer:  # else a coroutine has set its own
-                        _signal.signal(number, handler)
-            finally:
-                if self.came or self._raised is not None:
-                    self._deliver(sys._getframe())
+            for number, handler in handlers.items():
+                if _signal.getsignal(number) is defer:  # else a coroutine has set its own
+                    _signal.signal(number, handler)
+
+    def deliver(self) -> None:
+        """Call the handlers of what came; what they raise comes out."""
+        if self.came or self._raised is not None:
+            self._deliver(sys._getframe())
 
     def _defer(self, number: int, frame: FrameType | None) -> None:
         if not self._driving or self._loop.generation != generation.current.number:

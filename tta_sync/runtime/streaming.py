@@ -44,6 +44,7 @@ class Pipe(Generic[T]):
         self.paused = False
         self._credit: asyncio.Future[None] | None = None  # loop thread only
         self.call: Call | None = None
+        self.iterator: Any = None  # for whoever asks where it stands
 
     async def pump(self, *args: Any, **keywords: Any) -> None:
         """Run the generator: in one task from its first step to its ``aclose``. Loop thread only."""
@@ -52,9 +53,10 @@ class Pipe(Generic[T]):
         if call.deadline is not None:
             # The consumer may be busy elsewhere when the deadline passes: the loop watches the clock.
             call.timer = asyncio.get_running_loop().call_later(call.deadline - time.monotonic(), call.expire)
-        iterator = aiter(self.source(*args, **keywords))
+        iterator = self.iterator = aiter(self.source(*args, **keywords))
         buffer = self.buffer
         window = self.window
+        dropped = False
         try:
             async for item in iterator:
                 buffer.append(item)
@@ -64,9 +66,13 @@ class Pipe(Generic[T]):
                     call.wake()
                 if len(buffer) >= window:
                     await self._pause()
+        except GeneratorExit:
+            dropped = True  # the task was, at the interpreter's end for example: nothing can be awaited any more
+            raise
         finally:
+            self.iterator = None
             aclose = getattr(iterator, "aclose", None)
-            if aclose is not None:
+            if aclose is not None and not dropped:
                 await aclose()
 
     async def _pause(self) -> None:
@@ -153,7 +159,7 @@ class Stream(Iterator[T]):
                     wait = min(wait, remaining)
                 if buffer:
                     break
-                loop.wait(call, wait)
+                loop.wait_at_most(call, wait)
         except BaseException:
             pipe.hungry = False
             self._ended = True

@@ -1,0 +1,236 @@
+"""Exceptions from outside that meet the thread which turns the loop: whose they are, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.facade import SyncFacade
+from tta_sync.runtime import driven, loop
+
+
+class Struck(TimeoutError):
+    """As a job's timeout may be: an OSError, which the loop's own failures are as well."""
+
+
+@pytest.fixture
+def driven_facade():
+    facade = SyncFacade(drive="caller")
+    yield facade
+    facade.shutdown(0)
+
+
+async def answer():
+    await asyncio.sleep(0)
+    return 42
+
+
+async def nap():
+    await asyncio.sleep(30)
+
+
+@pytest.mark.parametrize("name", ["SIGALRM", "SIGABRT", "SIGURG", "SIGPIPE"])
+def test_original_comes_out_when_it_could_be_the_loops_own_failure(facade, in_thread, works, name):
+    """A handler's TimeoutError, by whichever signal: it comes out of the wait, and harms nobody beside."""
+    number = getattr(signal, name)
+    cleaned = []
+
+    async def works_on():
+        try:
+            await nap()
+        finally:
+            cleaned.append(1)
+
+    def handler(*_):
+        raise Struck
+
+    def bystand():
+        return facade.call_sync(asyncio.sleep, 0.3, 42)
+
+    before = signal.signal(number, handler)
+    try:
+        for _ in range(4):
+            beside = in_thread(bystand)
+            in_thread(strike_when_running, facade, "works_on", number)
+            with pytest.raises(Struck):
+                facade.call_sync(works_on)
+            assert beside.result(20) == 42
+    finally:
+        signal.signal(number, before)
+    assert cleaned == [1] * 4
+    assert facade.stats().restarts == 0
+    works(facade)
+
+
+def strike_when_running(facade, name, number):
+    give_up = time.monotonic() + 20
+    while not any(name in record.name and record.state == "running" for record in facade.in_flight()):
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
+def test_loop_goes_on_when_callers_are_struck_again_and_again(driven_facade, works):
+    """What is thrown into a caller that drives is the caller's: five in a moment are no reason to bury the loop."""
+    facade = driven_facade
+    works(facade)
+    turning = facade._loop.loop
+    real, left = turning.run_forever, []
+
+    def struck():
+        if left:
+            left.pop()
+            raise Struck
+        real()
+
+    turning.run_forever = struck
+    with ThreadPoolExecutor(1) as pool:  # off the main thread, as a worker's timer does it
+        for _ in range(5):
+            left.append(1)
+            with pytest.raises(Struck):
+                pool.submit(facade.call_sync, answer).result(20)
+    assert facade.call_sync(answer) == 42
+    assert facade.stats().restarts == 0
+    assert facade._loop.loop is turning
+
+
+@pytest.mark.parametrize("where", ["asyncio's own callback", "the runtime's"])
+def test_driver_hears_of_what_struck_in_a_callback_of_the_runtime(driven_facade, works, caplog, where):
+    """asyncio logs what its callbacks raise; what was thrown in there from outside ends the driver's call."""
+    facade = driven_facade
+    works(facade)
+    managed = facade._loop
+
+    def strike(*_):
+        raise Struck
+
+    async def work():
+        if where == "the runtime's":
+            managed.watchdog._answer = strike.__get__(managed.watchdog)
+            asyncio.get_running_loop().call_soon(managed.watchdog._answer)
+        else:
+            turning = asyncio.get_running_loop()
+            turning._process_self_data = strike
+            turning.call_soon_threadsafe(int)
+        await nap()
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Struck):
+        pool.submit(facade.call_sync, work, timeout=20).result(30)
+    managed.watchdog.__dict__.pop("_answer", None)
+    managed.loop.__dict__.pop("_process_self_data", None)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+    works(facade)
+
+
+def test_item_timeout_ends_the_wait_when_the_first_item_does_not_come(make_facade, monkeypatch, works):
+    """A stream that has not begun is no reason to wait longer: the driver's wait ends with the item's time."""
+    monkeypatch.setattr(driven, "LOOK_AGAIN", 60.0)  # nothing else may end the wait
+    monkeypatch.setattr(loop, "LOOK_AGAIN", 60.0)
+    facade = make_facade()
+
+    async def late():
+        await nap()
+        yield 1
+
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceededError):
+        next(facade.iterate_sync(late, item_timeout=0.05))
+    assert time.monotonic() - begun < 20
+    works(facade)
+
+
+def test_signal_handlers_of_the_loop_are_refused(facade, works):
+    """The loop is not the main thread's, whoever turns it: it takes no signal handlers, and keeps no trace of them."""
+
+    async def install():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, int)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises((RuntimeError, ValueError)):
+        facade.call_sync(install)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    works(facade)
+
+
+def test_handler_may_call_the_facade_when_it_interrupts_a_call(facade, in_thread, works):
+    """A signal's handler that raises nothing may itself wait for a call; the interrupted one goes on."""
+    heard = []
+
+    async def works_on():
+        while not heard:
+            await asyncio.sleep(0.001)
+        return "went on"
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(facade.call_sync(answer)))
+    try:
+        in_thread(strike_when_running, facade, "works_on", signal.SIGUSR1)
+        assert facade.call_sync(works_on, timeout=20) == "went on"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [42]
+    works(facade)
+
+
+def test_descriptor_of_a_stranger_stays_open_when_a_child_collects_its_parents_loop(facade, in_child, works):
+    """A daemon closes what it inherited and opens its own: the parent's dead loop must not close that number."""
+    works(facade)
+    managed = facade._loop
+    if managed._bell < 0:
+        pytest.skip("the loop has not made its bell yet")
+    facade.shutdown(1)
+
+    def daemonise():
+        os.close(managed._bell)
+        null = os.open(os.devnull, os.O_RDONLY)
+        if null != managed._bell:
+            os.dup2(null, managed._bell)
+        managed.__del__()
+        os.fstat(managed._bell)  # OSError if it was closed
+        return "open"
+
+    assert in_child(daemonise) == "open"
+
+
+def test_other_threads_are_answered_when_a_storm_of_signals_met_the_first_call(run_program):
+    """A process whose very first calls are cut off by signals, in whatever they import: it works, and so do others."""
+    ended = run_program(
+        """
+        class Alarm(Exception): pass
+
+        def storm():
+            while time.monotonic() < end:
+                facade.call_sync(answer)
+
+        def handler(number, frame):
+            while frame is not None:
+                if frame.f_code is storm.__code__:
+                    raise Alarm
+                frame = frame.f_back
+
+        signal.signal(signal.SIGALRM, handler)
+        end = time.monotonic() + 0.7
+        signal.setitimer(signal.ITIMER_REAL, 0.0004, 0.0004)
+        while time.monotonic() < end:
+            try:
+                storm()
+            except Alarm:
+                pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        heard = []
+        def call():
+            heard.append(facade.call_sync(answer))
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(15)
+        say(heard, facade.call_sync(answer))
+        last()
+        """,
+        quiet=False,
+    )
+    assert ended.said == ["[42, 42, 42, 42] 42"]
