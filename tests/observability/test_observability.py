@@ -660,6 +660,22 @@ def test_handlers_that_the_application_adds_later_take_over(level: str) -> None:
     assert lines[2:] == [*hedge, "app: breaker_opened step=after failures=5 retry_after=60.0"]
 
 
+def test_handler_of_ours_goes_with_the_first_line_that_another_shows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The application's handler has the line, ours is gone, and the level is its own again."""
+    logger = logging.getLogger("tta_sync.events")
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.Logger, "hasHandlers", lambda self: False)
+        hook = logs_module.LogHook("shop")
+    assert (len(logger.handlers), logger.level) == (1, logging.INFO)
+    hook(records.BreakerHalfOpened(step="quiet"))
+    hook(records.BreakerOpened(step="s", failures=5, retry_after=60.0))
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET)
+    assert caplog.messages == ["breaker_opened step=s failures=5 retry_after=60.0"]
+    assert capsys.readouterr().err == ""
+
+
 def test_handler_of_ours_stays_while_others_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """A logger that does not propagate keeps its lines from the root's handlers; a level set by hand is left alone."""
     logger = logging.getLogger("tta_sync.events")
