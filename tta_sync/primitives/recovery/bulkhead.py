@@ -8,7 +8,7 @@ from typing import Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
-from tta_sync.exceptions import BulkheadFullError, ConfigurationError, DeadlineExceededError
+from tta_sync.exceptions import BulkheadFullError, ConfigurationError, DeadlineExceededError, not_called
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_count, is_number
@@ -143,9 +143,7 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
         if not self._abandon(place):
             deadline = context.deadline
             if deadline is not None and deadline.at <= clock.monotonic():
-                exceeded = DeadlineExceededError(deadline.seconds)
-                exceeded.before_call = True
-                raise exceeded
+                raise not_called(DeadlineExceededError(deadline.seconds))
             raise self._full(context)
 
     def _abandon(self, place: Place) -> bool:
