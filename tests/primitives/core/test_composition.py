@@ -30,6 +30,7 @@ from tta_sync.primitives.core.parallel import ParallelPrimitive
 from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
 from tta_sync.primitives.performance import CachePrimitive
 from tta_sync.primitives.recovery import (
+    CircuitBreakerPrimitive,
     FallbackPrimitive,
     RetryPrimitive,
     RetryStrategy,
@@ -392,13 +393,30 @@ def recursive(kind: str) -> WorkflowPrimitive[Any, Any]:
     elif kind == "saga":
         own = SagaPrimitive(a, b)
         own.steps = ((own, b),)
+    elif kind == "parallel":
+        own = a | b
+        own.branches = (a, own)
+    elif kind == "map":
+        own = MapPrimitive(a)
+        own.step = own
     else:
         own = a >> b
         own.steps = (a, own)
     return own
 
 
-@pytest.mark.parametrize("kind", ["wrapper", "condition", "chain", "switch", "router", "saga", "sequence"])
+KINDS = ["wrapper", "condition", "chain", "switch", "router", "saga", "sequence", "parallel", "map"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_primitives_stand_around_a_workflow_that_contains_itself(kind: str) -> None:
+    """Names, and what may be repeated, are looked for in its parts, each once."""
+    own = recursive(kind)
+    assert repr(CircuitBreakerPrimitive(RetryPrimitive(own)))
+    assert ParallelPrimitive([own, own]).branches == (own, own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_repr_and_diagram_end_when_a_workflow_contains_itself(kind: str) -> None:
     """It is shown once, and where it comes again it is only named."""
     own = recursive(kind)

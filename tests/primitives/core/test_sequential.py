@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tta_sync import run_sync
 from tta_sync.context import WorkflowContext
 from tta_sync.exceptions import ConfigurationError
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step
@@ -376,3 +377,22 @@ def test_repr_reads_as_it_was_written() -> None:
     assert repr((a >> b) | call) == "(a >> b) | call"
     assert repr(SequentialPrimitive([a])) == "a"
     assert repr(ParallelPrimitive([a])) == "Parallel(a)"
+
+
+def test_error_before_a_later_step_does_not_say_that_nothing_was_called():
+    """``before_call`` of the second step's error is about that step: a breaker around both must count it."""
+
+    class Late(Exception):
+        before_call = False
+
+    def late(data):
+        error = Late()
+        error.before_call = True
+        raise error
+
+    with pytest.raises(Late) as first:
+        run_sync(step(late) >> step(lambda data: data), 1)
+    assert first.value.before_call
+    with pytest.raises(Late) as second:
+        run_sync(step(lambda data: data) >> step(late), 1)
+    assert not second.value.before_call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable
+from reprlib import recursive_repr
 from typing import Any
 
 from tta_sync import events
@@ -84,5 +85,6 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In] | AsyncIterable[In], list[Out]
     def details(self) -> str:
         return f"max_concurrency={self.max_concurrency}" + (', on_error="collect"' if self._collect else "")
 
+    @recursive_repr()
     def __repr__(self) -> str:
         return f"Map({self.step!r}, {self.details()})"

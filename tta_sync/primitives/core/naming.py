@@ -26,9 +26,13 @@ def call_name(step: WorkflowPrimitive[Any, Any]) -> str:
 
 def called(step: WorkflowPrimitive[Any, Any]) -> WorkflowPrimitive[Any, Any]:
     """Return what is called where *step* is: the first step inside that has a name, or does not just wrap another."""
+    above = set()
     while not step.name:
         parts = children_of(step)
         if not parts or (len(parts) > 1 and type(step)._tta_kind not in ("fallback", "timeout")):
+            break
+        above.add(id(step))
+        if id(parts[0]) in above:  # a workflow that contains itself
             break
         step = parts[0]
     return step

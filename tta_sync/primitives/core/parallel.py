@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tta_sync.context import WorkflowContext
@@ -20,7 +21,7 @@ from tta_sync.primitives.core.base import (
     told,
 )
 from tta_sync.primitives.core.branches import run_all, run_windowed
-from tta_sync.primitives.core.composition import children_of, warn_user
+from tta_sync.primitives.core.composition import children_of, inside, warn_user
 from tta_sync.primitives.core.naming import call_name
 from tta_sync.primitives.core.options import is_count
 
@@ -163,6 +164,7 @@ class ParallelPrimitive(WorkflowPrimitive[In, list[Out]]):
     def _operator(self) -> str:  # type: ignore[override]
         return "" if self.details() or len(self.branches) == 1 else "|"
 
+    @recursive_repr()
     def __repr__(self) -> str:
         parts = " | ".join(f"({branch!r})" if branch._operator else repr(branch) for branch in self.branches)
         details = self.details()
@@ -176,5 +178,5 @@ def _open_branches(side: Any) -> tuple[Any, ...]:
 
 
 def _only_caller(branch: WorkflowPrimitive[Any, Any]) -> bool:
-    parts = children_of(branch)
-    return all(map(_only_caller, parts)) if parts else type(branch).runs_on == "caller"
+    leaves = [part for part in (branch, *dict(inside(branch))) if not children_of(part)]
+    return bool(leaves) and all(type(part).runs_on == "caller" for part in leaves)

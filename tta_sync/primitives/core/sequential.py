@@ -142,6 +142,8 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
                 data = await run(data, context)
                 position += 1
         except Exception as error:
+            if position and getattr(error, "before_call", False):
+                error.before_call = False  # type: ignore[attr-defined]  # of this step; but others were called
             if self._named:
                 note(error, f"in step {position + 1} of {len(self._named)}: {shown(self._named[position])}")
             raise

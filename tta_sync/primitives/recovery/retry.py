@@ -262,7 +262,7 @@ NOT_SENT = "errors that prove the call was not made"
 NEVER = "no error"
 
 
-def replayable(step: WorkflowPrimitive[Any, Any]) -> str:
+def replayable(step: WorkflowPrimitive[Any, Any], above: frozenset[int] = frozenset()) -> str:
     """Say after which errors *step* may run a second time, judged by what is declared idempotent inside it.
 
     In a sequence only the last step may be one that must not run twice: an error of it still tells whether it ran. With
@@ -270,8 +270,10 @@ def replayable(step: WorkflowPrimitive[Any, Any]) -> str:
     """
     if step.idempotent is not None:
         return ANY if step.idempotent else NOT_SENT
-    parts = children_of(step)
-    verdicts = [replayable(part) for part in parts]
+    if id(step) in above:  # a workflow that contains itself: judged by the rest of it
+        return ANY
+    above |= {id(step)}
+    verdicts = [replayable(part, above) for part in children_of(step)]
     if all(verdict is ANY for verdict in verdicts):
         return ANY
     if len(verdicts) == 1:
