@@ -44,6 +44,15 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return FACADES[request.param]
 
 
+@pytest.fixture(autouse=True)
+def still_measured() -> Iterator[None]:
+    """Put back the tracer that measures coverage: Python drops it when a signal's exception strikes in it."""
+    tracer = sys.gettrace()
+    yield
+    if sys.gettrace() is None and tracer is not None:
+        sys.settrace(tracer)
+
+
 @pytest.fixture
 def callers_drive(options: dict[str, Any]) -> bool:
     """Whether the waiting caller turns the loop itself: what blocks the loop then blocks its own caller."""
@@ -141,6 +150,15 @@ def in_thread() -> Iterator[Callable[..., Future[Any]]]:
     for thread in started:
         thread.join(PATIENCE)
         assert not thread.is_alive(), f"{thread.name} still waits"
+
+
+@pytest.fixture
+def many_switches() -> Iterator[None]:
+    """Switch threads as often as the interpreter can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 # ------------------------------------------------------------------------------------------------------ children

@@ -1,22 +1,12 @@
 """max_in_flight: a limit that holds, and a refusal that does not wait."""
 
 import asyncio
-import sys
 import threading
 import time
 
 import pytest
 
 from tta_sync.exceptions import DeadlineExceededError, SaturatedError
-
-
-@pytest.fixture
-def many_switches():
-    """Switch threads as often as the interpreter can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def test_call_is_refused_at_once_when_the_facade_is_full(make_facade, in_thread, works):

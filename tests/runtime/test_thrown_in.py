@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,12 +109,12 @@ def test_driver_hears_of_what_struck_in_a_callback_of_the_runtime(driven_facade,
     managed = facade._loop
 
     def strike(*_):
+        managed.loop.__dict__.pop("_process_self_data", None)  # once
         raise Struck
 
     async def work():
         if where == "the runtime's":
-            managed.watchdog._answer = strike.__get__(managed.watchdog)
-            asyncio.get_running_loop().call_soon(managed.watchdog._answer)
+            asyncio.get_running_loop().call_soon(strike.__get__(managed))
         else:
             turning = asyncio.get_running_loop()
             turning._process_self_data = strike
@@ -122,8 +123,6 @@ def test_driver_hears_of_what_struck_in_a_callback_of_the_runtime(driven_facade,
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(Struck):
         pool.submit(facade.call_sync, work, timeout=20).result(30)
-    managed.watchdog.__dict__.pop("_answer", None)
-    managed.loop.__dict__.pop("_process_self_data", None)
     assert [record for record in caplog.records if record.name == "asyncio"] == []
     works(facade)
 
@@ -234,3 +233,29 @@ def test_other_threads_are_answered_when_a_storm_of_signals_met_the_first_call(r
         quiet=False,
     )
     assert ended.said == ["[42, 42, 42, 42] 42"]
+
+
+def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, works, many_switches):
+    """The loop's queue grows under whoever looks through it: that is no error, and no caller's."""
+    works(driven_facade)
+    managed = driven_facade._loop
+
+    async def look():
+        nobodys = SimpleNamespace(_fut_waiter=None)
+        for _ in range(1000):
+            managed.loop.call_soon(int)
+        return all(managed._has_lost_its_step(nobodys) for _ in range(100))
+
+    stop = []
+
+    def queue_on():
+        while not stop:
+            managed.loop.call_soon_threadsafe(int)
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(queue_on)
+        try:
+            assert driven_facade.call_sync(look)
+        finally:
+            stop.append(1)
+            busy.result(20)

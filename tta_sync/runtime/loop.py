@@ -679,9 +679,10 @@ class ManagedLoop:
         An exception thrown into the loop thread may strike where asyncio queues a task's next step, or between taking
         it from the queue and running it.
         """
-        ready = getattr(self.loop, "_ready", None)
-        if ready is None:
+        queue = getattr(self.loop, "_ready", None)
+        if queue is None:
             return False  # uvloop: no Python code there for an exception to strike
+        ready = list(queue)  # at once: others append to it from their threads
         if task._fut_waiter is not None or task is asyncio.current_task(self.loop):  # type: ignore[attr-defined]
             return False
         return all(getattr(handle._callback, "__self__", None) is not task for handle in ready)
