@@ -85,7 +85,7 @@ def test_loop_goes_on_when_callers_are_struck_again_and_again(driven_facade, wor
     real, left = turning.run_forever, []
 
     def struck():
-        if left:
+        if left and facade._loop.driver is not None:  # not the standby driver
             left.pop()
             raise Struck
         real()
@@ -235,16 +235,16 @@ def test_other_threads_are_answered_when_a_storm_of_signals_met_the_first_call(r
     assert ended.said == ["[42, 42, 42, 42] 42"]
 
 
-def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, works, many_switches):
+def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, works):
     """The loop's queue grows under whoever looks through it: that is no error, and no caller's."""
     works(driven_facade)
     managed = driven_facade._loop
 
     async def look():
         nobodys = SimpleNamespace(_fut_waiter=None)
-        for _ in range(1000):
+        for _ in range(20_000):  # it takes longer to look through than a thread may run on
             managed.loop.call_soon(int)
-        return all(managed._has_lost_its_step(nobodys) for _ in range(100))
+        return all(managed._has_lost_its_step(nobodys) for _ in range(20))
 
     stop = []
 
