@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -36,9 +38,10 @@ async def nap():
     await asyncio.sleep(30)
 
 
-@pytest.mark.parametrize("name", ["SIGALRM", "SIGABRT", "SIGURG", "SIGPIPE"])
+@pytest.mark.parametrize("name", ["SIGABRT", "SIGURG", "SIGPIPE"])
 def test_original_comes_out_when_it_could_be_the_loops_own_failure(facade, in_thread, works, name):
     """A handler's TimeoutError, by whichever signal: it comes out of the wait, and harms nobody beside."""
+    sys.settrace(None)  # a handler may strike in the tracer, which then keeps what it raises; put back by a fixture
     number = getattr(signal, name)
     cleaned = []
 
@@ -74,7 +77,7 @@ def strike_when_running(facade, name, number):
     while not any(name in record.name and record.state == "running" for record in facade.in_flight()):
         assert time.monotonic() < give_up
         time.sleep(0.001)
-    os.kill(os.getpid(), number)
+    signal.pthread_kill(threading.main_thread().ident, number)
 
 
 def test_loop_goes_on_when_callers_are_struck_again_and_again(driven_facade, works):
