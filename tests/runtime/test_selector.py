@@ -187,7 +187,7 @@ def test_call_is_found_when_an_exception_struck_while_its_bell_was_answered(monk
                 raise ZeroDivisionError("thrown into the loop thread")
             real()
 
-        managed._drain = strike
+        managed.loop._selector._answer = strike
         begun = time.monotonic()
         assert facade.call_sync(answer) == 42
         assert struck

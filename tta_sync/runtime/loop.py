@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import logging
 import os
 import threading
@@ -61,6 +62,10 @@ TAKEN_WITHIN = 0.25
 _loops: list[ManagedLoop] = []
 """Every loop of this process that has not been closed. A forked child keeps those of its parent here for good: closing
 one, or letting it be collected, would edit the epoll that it shares with the parent."""
+
+
+_NO_BELL = frozenset({errno.EBADF, errno.EINVAL, errno.EAGAIN, errno.EPIPE})
+"""What writing to the bell says where its number is closed, or has become something else's."""
 
 
 class Totals:
@@ -135,7 +140,7 @@ class ManagedLoop:
         if BellSelector is None:
             return None
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        return BellSelector(self._bell, self._answer_bell)
+        return BellSelector(self._bell, self._drain)
 
     def _prepare(self) -> None:
         self.loop.set_default_executor(self.pool)
@@ -599,14 +604,13 @@ class ManagedLoop:
             try:
                 os.eventfd_write(self._bell, 1)  # a third of the cost of call_soon_threadsafe
                 return
-            except OSError:
-                pass  # somebody has closed a descriptor that is not theirs; the loop has another one to wake it
+            except OSError as error:
+                if error.errno not in _NO_BELL:
+                    raise  # a signal's handler raised it in here: a job's timeout may be an OSError, too
+                # Somebody has closed a descriptor that is not theirs; the loop has another one to wake it.
         self.post(self._drain)
 
     # ---- the loop's side -------------------------------------------------------------------------------------------
-
-    def _answer_bell(self) -> None:
-        self._drain()
 
     def _read_bell(self) -> None:
         try:
@@ -682,9 +686,9 @@ class ManagedLoop:
         queue = getattr(self.loop, "_ready", None)
         if queue is None:
             return False  # uvloop: no Python code there for an exception to strike
-        ready = list(queue)  # at once: others append to it from their threads
         if task._fut_waiter is not None or task is asyncio.current_task(self.loop):  # type: ignore[attr-defined]
             return False
+        ready = list(queue)  # at once: others append to it from their threads
         return all(getattr(handle._callback, "__self__", None) is not task for handle in ready)
 
     def cancel(self, call: Call) -> None:
