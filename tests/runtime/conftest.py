@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import select
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 import tta_sync
+from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import SyncFacade
 from tta_sync.runtime.frames import running_frame
 
@@ -121,6 +123,31 @@ def works() -> Callable[[SyncFacade], None]:
         assert [record for record in facade.in_flight() if "echo" in record.name] == []
 
     return check
+
+
+@pytest.fixture
+def expires() -> Callable[..., pytest.ExceptionInfo[DeadlineExceededError]]:
+    """``expires(facade.call_sync, body, timeout=0.05)``: the error of a call whose time is up after *body* has begun.
+
+    A machine that stalls may let the time pass before: then the call is made again, with more of it.
+    """
+
+    def call(way: Callable[..., Any], body: Callable[..., Any], *arguments: Any, timeout: float, **options: Any) -> Any:
+        begun: list[int] = []
+
+        @functools.wraps(body)
+        async def noted(*arguments: Any) -> Any:
+            begun.append(1)
+            return await body(*arguments)
+
+        for more in range(8):
+            with pytest.raises(DeadlineExceededError) as caught:
+                way(noted, *arguments, timeout=timeout * 2**more, **options)
+            if begun:
+                return caught
+        pytest.fail(f"{body.__qualname__} has not begun within {timeout * 2**more} s")
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------------- threads

@@ -242,7 +242,7 @@ def test_no_caller_error_is_raised_when_the_caller_leaves_between_look_and_appen
     """The poster looks again after appending: a step that arrives as the caller leaves is refused, not lost."""
     facade = make_facade(grace=0.05)
     gone, met = threading.Event(), []
-    inside = threading.Event()
+    inside, late = threading.Event(), threading.Event()
 
     async def turn():
         inside.set()
@@ -269,6 +269,7 @@ def test_no_caller_error_is_raised_when_the_caller_leaves_between_look_and_appen
         await run_on_caller(int)  # makes the queue
         call = current_caller.get()
         call.work = Late(call.work)
+        late.set()
         try:
             await run_on_caller(met.append, "ran")
         except NoCallerError as error:
@@ -276,14 +277,17 @@ def test_no_caller_error_is_raised_when_the_caller_leaves_between_look_and_appen
 
     turning = in_thread(facade.call_sync, turn)  # where callers drive, this one does: the other is free to leave
     assert inside.wait(20)
-    with pytest.raises(DeadlineExceededError):
-        facade.call_sync(outer, timeout=0.05)
+    for more in range(8):  # a machine that stalls may let the time pass before the queue is exchanged
+        with pytest.raises(DeadlineExceededError):
+            facade.call_sync(outer, timeout=0.05 * 2**more)
+        if late.is_set():
+            break
     gone.set()
     assert isinstance(eventually(lambda: met)[0], NoCallerError)
     turning.result(20)
 
 
-def test_step_is_refused_when_an_orphan_asks_for_one(make_facade, eventually):
+def test_step_is_refused_when_an_orphan_asks_for_one(make_facade, expires):
     """An orphan's caller has left: its steps are refused, never run by whoever calls next on that thread."""
     facade = make_facade(grace=0.05)
     release, met = threading.Event(), []
@@ -299,8 +303,7 @@ def test_step_is_refused_when_an_orphan_asks_for_one(make_facade, eventually):
         except NoCallerError as error:
             met.append(error)
 
-    with pytest.raises(DeadlineExceededError):
-        facade.call_sync(stubborn, timeout=0.02)
+    expires(facade.call_sync, stubborn, timeout=0.02)
     release.set()
     while not met:
         facade.call_sync(answer)

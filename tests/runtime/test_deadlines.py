@@ -13,7 +13,7 @@ from tta_sync.context import Deadline
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError
 
 
-def test_coroutine_is_cleaned_up_before_the_error_comes_out_when_its_deadline_passes(facade, works):
+def test_coroutine_is_cleaned_up_before_the_error_comes_out_when_its_deadline_passes(facade, expires, works):
     """DeadlineExceededError, which is a TimeoutError and knows the limit, comes after the coroutine's clean-up."""
     cleaned = []
 
@@ -24,10 +24,9 @@ def test_coroutine_is_cleaned_up_before_the_error_comes_out_when_its_deadline_pa
             await asyncio.sleep(0.05)
             cleaned.append(1)
 
-    with pytest.raises(DeadlineExceededError) as caught:
-        facade.call_sync(sleeper, timeout=0.05)
+    caught = expires(facade.call_sync, sleeper, timeout=0.5)
     assert cleaned == [1]
-    assert caught.value.deadline == 0.05
+    assert caught.value.deadline == 0.5
     assert isinstance(caught.value, TimeoutError)
     assert facade.stats().orphans == 0
     works(facade)
@@ -85,7 +84,7 @@ def test_facades_default_holds_when_a_call_names_none(make_facade):
     assert facade.call_sync(asyncio.sleep, 0.1, "own", timeout=20) == "own"
 
 
-@pytest.mark.parametrize(("own", "timeout", "expected"), [(0.05, 60, 0.05), (60, 0.05, 0.05), (0.05, None, 0.05)])
+@pytest.mark.parametrize(("own", "timeout", "expected"), [(0.5, 60, 0.5), (60, 0.5, 0.5), (0.5, None, 0.5)])
 def test_earlier_one_holds_when_the_context_has_a_deadline_too(facade, own, timeout, expected):
     """Of the context's deadline and the call's timeout the earlier one is enforced, and the steps see it."""
     seen, context = [], WorkflowContext(deadline=Deadline.after(own))
@@ -118,16 +117,16 @@ def test_deadline_carries_over_when_a_caller_step_calls_again(facade):
 
     begun = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        facade.run_sync(outer, 1, timeout=0.2)
+        facade.run_sync(outer, 1, timeout=0.5)
     assert time.monotonic() - begun < 20
-    assert 0 < remaining[0] <= 0.2
+    assert 0 < remaining[0] <= 0.5
 
 
 # -------------------------------------------------------------------------------------------------- late results
 
 
 @pytest.mark.parametrize("answer", ["returns", "raises"])
-def test_late_answer_is_discarded_when_the_cancel_is_turned_into_one(facade, works, answer):
+def test_late_answer_is_discarded_when_the_cancel_is_turned_into_one(facade, expires, works, answer):
     """A coroutine that answers its cancellation with a result or an error: the deadline's error comes out."""
 
     async def late():
@@ -138,8 +137,7 @@ def test_late_answer_is_discarded_when_the_cancel_is_turned_into_one(facade, wor
                 raise ValueError("mine") from None
             return "late"
 
-    with pytest.raises(DeadlineExceededError) as caught:
-        facade.call_sync(late, timeout=0.03)
+    caught = expires(facade.call_sync, late, timeout=0.03)
     if answer == "raises":
         assert isinstance(caught.value.__cause__, ValueError)
     works(facade)
@@ -149,29 +147,29 @@ def test_late_result_is_discarded_when_the_caller_could_not_look_in_time(facade,
     """A result that comes after the deadline is discarded, even if nothing let the caller notice the time."""
 
     async def hog():
-        end = time.monotonic() + 0.3
-        while time.monotonic() < end:
+        while time.monotonic() < begun + 0.7:
             pass
         return "late"
 
     works(facade)
     before = sys.getswitchinterval()
     sys.setswitchinterval(5)  # the caller gets the interpreter only when the result is there
+    begun = time.monotonic()
     try:
         with pytest.raises(DeadlineExceededError):
-            facade.call_sync(hog, timeout=0.05)
+            facade.call_sync(hog, timeout=0.5)
     finally:
         sys.setswitchinterval(before)
     works(facade)
 
 
-def test_late_result_of_a_caller_step_is_discarded_when_it_took_too_long(facade, works):
+def test_late_result_of_a_caller_step_is_discarded_when_it_took_too_long(facade, expires, works):
     """A running caller step cannot be interrupted: the call ends when it returns, with the deadline's error."""
     cleaned, ended = [], []
 
     def slow():
-        until = time.monotonic() + 0.3
-        while time.monotonic() < until:
+        give_up = time.monotonic() + 20
+        while not cleaned and time.monotonic() < give_up:  # the loop watches the clock while the step runs
             time.sleep(0.01)
         ended.append(1)
         return "late"
@@ -183,10 +181,9 @@ def test_late_result_of_a_caller_step_is_discarded_when_it_took_too_long(facade,
             cleaned.append(list(ended))
             raise
 
-    with pytest.raises(DeadlineExceededError):
-        facade.call_sync(outer, timeout=0.05)
+    expires(facade.call_sync, outer, timeout=0.5)
     assert ended == [1]
-    assert cleaned == [[]]  # the loop watched the clock meanwhile: cancelled while the step still ran
+    assert cleaned == [[]]  # cancelled while the step still ran
     works(facade)
 
 
@@ -196,15 +193,15 @@ def test_queued_caller_steps_never_start_when_the_deadline_has_passed(facade, wo
 
     def slow():
         started.append("slow")
-        until = time.monotonic() + 0.2
-        while time.monotonic() < until:
+        while time.monotonic() < begun + 0.7:
             time.sleep(0.01)
 
     async def outer():
         await asyncio.gather(run_on_caller(slow), run_on_caller(started.append, "queued"))
 
+    begun = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        facade.call_sync(outer, timeout=0.05)
+        facade.call_sync(outer, timeout=0.5)
     works(facade)
     assert started == ["slow"]
 
@@ -221,7 +218,8 @@ def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_dea
     def slow():
         started.append("slow")
         inside.set()
-        time.sleep(0.2)
+        while time.monotonic() < begun + 0.7:
+            time.sleep(0.01)
 
     async def outer():
         await asyncio.gather(run_on_caller(slow), run_on_caller(started.append, "queued"))
@@ -229,9 +227,10 @@ def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_dea
     turning = in_thread(facade.call_sync, turn)
     while not facade.in_flight():
         time.sleep(0.001)
-    threading.Timer(0.4, release.set).start()
+    threading.Timer(0.9, release.set).start()
+    begun = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        facade.call_sync(outer, timeout=0.1)
+        facade.call_sync(outer, timeout=0.5)
     turning.result(20)
     works(facade)
     assert started == ["slow"]
@@ -266,10 +265,10 @@ def test_caller_is_told_by_deadline_plus_grace_when_a_coroutine_blocks_the_loop(
 
     begun = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        facade.call_sync(blocks, timeout=0.1)
+        facade.call_sync(blocks, timeout=0.5)
     took = time.monotonic() - begun
     try:
-        assert 0.25 < took < 5
+        assert 0.65 < took < 5
         assert facade.stats().orphans == 1
         assert [record.state for record in facade.in_flight()] == ["orphaned"]
         messages = [record.getMessage() for record in caplog.records if "orphan" in record.getMessage()]
@@ -311,7 +310,7 @@ def test_other_callers_are_told_in_time_when_one_coroutine_blocks_the_loop(make_
     assert begun == []
 
 
-def test_orphan_is_counted_when_the_cancel_is_swallowed(make_facade, eventually, caplog, works):
+def test_orphan_is_counted_when_the_cancel_is_swallowed(make_facade, eventually, expires, caplog, works):
     """A coroutine that swallows the deadline's cancel keeps its caller no longer than the grace."""
     facade = make_facade(grace=0.1)
     release = threading.Event()
@@ -324,9 +323,8 @@ def test_orphan_is_counted_when_the_cancel_is_swallowed(make_facade, eventually,
                 pass
 
     begun = time.monotonic()
-    with pytest.raises(DeadlineExceededError):
-        facade.call_sync(stubborn, timeout=0.05)
-    assert time.monotonic() - begun < 5
+    expires(facade.call_sync, stubborn, timeout=0.05)
+    assert time.monotonic() - begun < 15
     assert facade.stats().orphans == 1
     assert any(stubborn.__qualname__ in record.getMessage() for record in caplog.records)
     works(facade)

@@ -158,7 +158,7 @@ def test_error_of_the_clean_up_comes_out_of_close(facade: SyncFacade) -> None:
 def test_item_timeout_ends_the_stream_when_one_item_takes_too_long(facade: SyncFacade) -> None:
     """The limit is one item's: items that came are kept, the late one raises, the generator ends."""
     source = Source(wait_after=2)
-    stream = facade.iterate_sync(source, item_timeout=0.1)
+    stream = facade.iterate_sync(source, item_timeout=0.5)
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(DeadlineExceededError):
         next(stream)
@@ -167,10 +167,10 @@ def test_item_timeout_ends_the_stream_when_one_item_takes_too_long(facade: SyncF
 
 def test_item_timeout_counts_the_wait_only_when_the_consumer_is_slow(facade: SyncFacade) -> None:
     """A consumer that takes its time does not use up the next item's limit."""
-    stream = facade.iterate_sync(Source(3), buffer=1, item_timeout=0.2)
+    stream = facade.iterate_sync(Source(3), buffer=1, item_timeout=0.5)
     taken = []
     for item in stream:
-        facade.call_sync(asyncio.sleep, 0.25)
+        facade.call_sync(asyncio.sleep, 0.6)
         taken.append(item)
     assert taken == [0, 1, 2]
 
@@ -179,7 +179,7 @@ def test_item_timeout_counts_the_wait_only_when_the_consumer_is_slow(facade: Syn
 def test_timeout_ends_the_whole_stream(facade: SyncFacade, busy: bool) -> None:
     """The stream's deadline passes also while the consumer is busy: the generator ends then, next() raises later."""
     source = Source(wait_after=1)
-    stream = facade.iterate_sync(source, timeout=0.15)
+    stream = facade.iterate_sync(source, timeout=0.5)
     assert next(stream) == 0
     if busy:
         assert source.ended.wait(10)
