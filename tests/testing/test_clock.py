@@ -202,7 +202,7 @@ def test_time_does_not_run_backwards() -> None:
 
 def test_threshold_waits_for_work_that_the_loop_cannot_see() -> None:
     """A timeout of 5 virtual seconds does not cut a thread's real work short."""
-    clock = FakeClock(autojump_threshold=0.2)
+    clock = FakeClock(autojump_threshold=1.0)
     release = threading.Event()
 
     async def main() -> str:
@@ -221,7 +221,7 @@ def test_threshold_waits_for_work_that_the_loop_cannot_see() -> None:
 
 def test_threshold_begins_anew_when_something_happened_meanwhile() -> None:
     """The loop must have been idle for the whole of it: a task that wakes in between starts it again."""
-    clock = FakeClock(autojump_threshold=0.05)
+    clock = FakeClock(autojump_threshold=0.5)
     seen: list[float] = []
 
     async def main() -> None:
