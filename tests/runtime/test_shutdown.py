@@ -164,6 +164,8 @@ def test_shutdown_returns_in_time_when_the_loop_is_blocked(
             blocking.result(20)
     release.set()
     threads_end()
+    del blocking, behind
+    gc.collect()  # a coroutine that was never awaited would be found here
 
 
 def test_left_over_tasks_are_cancelled_and_cleaned_up_when_shut_down(facade):

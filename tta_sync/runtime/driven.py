@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
+from tta_sync.runtime.first_steps import FirstStepLoop
 from tta_sync.runtime.frames import OUTER_EDGE
 from tta_sync.runtime.loop import LOOK_AGAIN, ManagedLoop, Totals
 from tta_sync.runtime.signals import HeldBack
@@ -48,7 +49,7 @@ UNPOLLED = 7
 those waits for so many first steps at most."""
 
 
-class _Loop(asyncio.SelectorEventLoop):
+class _Loop(FirstStepLoop):
     """asyncio's loop. Where user code calls ``stop``, it is counted; the runtime itself calls ``halt``."""
 
     def __init__(self, totals: Totals, selector: BellSelector | None) -> None:
@@ -77,7 +78,7 @@ class _Loop(asyncio.SelectorEventLoop):
         else:
             super().call_exception_handler(context)
 
-    halt = asyncio.SelectorEventLoop.stop
+    halt = FirstStepLoop.stop
 
 
 class DrivenCall(Call):
@@ -141,6 +142,10 @@ class DrivenLoop(ManagedLoop):
 
     def _halt(self) -> None:
         self.loop.halt()
+
+    def _begin_stopping(self, grace: float) -> None:
+        if not self.stopping:  # else it was deserted: whoever drives now leaves it when the block is over
+            super()._begin_stopping(grace)
 
     # ---- the baton -------------------------------------------------------------------------------------------------
 
@@ -255,14 +260,14 @@ class DrivenLoop(ManagedLoop):
             self._watched = ident
             self.watchdog.notice_thread()
         try:
-            self._drain()
+            if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
+                self._unpolled += 1
+                self._selector.look_away = True  # the call's own first step first
+            else:
+                self._unpolled = 0
+                self._drain()
             wanted = self.refusing or not self._is_wanted() if call is None else not call.done
             if wanted and not self.stopping:
-                if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
-                    self._unpolled += 1
-                    self._selector.look_away = True  # the call's own first step first
-                else:
-                    self._unpolled = 0
                 self.loop.run_forever()
         except BaseException as error:
             if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it
@@ -289,7 +294,11 @@ class DrivenLoop(ManagedLoop):
         if loop.is_closed():
             return True
         try:
-            loop._selector.select(0)  # what it finds is found again by the next turn
+            if self._selector is None:
+                loop._selector.select(0)  # what it finds is found again by the next turn
+            else:
+                self._selector.probe()
+                self._ring()  # a bell is found once
         except Exception:
             return True
         return False
@@ -307,8 +316,8 @@ class DrivenLoop(ManagedLoop):
         self._wake_standby()
         self.post(self._drain)  # a selector goes on waiting after a handler that does not raise
 
-    def _drain(self) -> None:
-        super()._drain()
+    def _drain(self, at_once: bool = False) -> None:
+        super()._drain(at_once)
         if self.driver is None and not self.refusing and self.loop.is_running() and self._is_wanted():
             self.loop.halt()  # the standby driver makes room for a caller
 

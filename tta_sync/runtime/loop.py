@@ -29,6 +29,7 @@ from tta_sync.context import current_caller
 from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, SaturatedError
 from tta_sync.runtime import generation, native
 from tta_sync.runtime.call import DEADLINE, INTERRUPTED, STOPPED, Call
+from tta_sync.runtime.first_steps import FirstStepLoop
 from tta_sync.runtime.frames import (
     context_of,
     forget_earlier_raises,
@@ -132,7 +133,7 @@ class ManagedLoop:
             selector = self._new_selector()
             if selector is not None:
                 loop.close()
-                return asyncio.SelectorEventLoop(selector)
+                return FirstStepLoop(selector)
         return loop
 
     def _new_selector(self) -> BellSelector | None:
@@ -140,7 +141,7 @@ class ManagedLoop:
         if BellSelector is None:
             return None
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        return BellSelector(self._bell, self._drain)
+        return BellSelector(self._bell, self._answer)
 
     def _prepare(self) -> None:
         self.loop.set_default_executor(self.pool)
@@ -619,8 +620,16 @@ class ManagedLoop:
             pass  # answered by a drain that came before
         self._drain()
 
-    def _drain(self) -> None:
+    def _answer(self) -> bool:
+        """Answer the bell, while the loop selects; say whether it may go on waiting."""
+        self._drain(at_once=True)
+        nothing_to_do: bool = self.loop.has_nothing_to_do()  # type: ignore[attr-defined]  # a FirstStepLoop
+        return nothing_to_do
+
+    def _drain(self, at_once: bool = False) -> None:
+        """Make tasks of the calls in the queue; where no other task runs, they may do their first steps *at_once*."""
         queue = self._queue
+        loop: Any = self.loop
         watchdog = self.watchdog
         if watchdog.parked:
             watchdog.unpark()
@@ -630,7 +639,15 @@ class ManagedLoop:
             while queue:
                 call = queue.popleft()
                 self.begun += 1
-                call.task = asyncio.Task(self._carry(call), loop=self.loop, name=call.name, context=call.context)
+                context = call.context
+                if context is None:
+                    continue  # its caller has been told that the loop is gone
+                if not at_once:
+                    call.task = asyncio.Task(self._carry(call), loop=loop, name=call.name, context=context)
+                    continue
+                call.task, first_step = loop.new_task(self._carry(call), call.name, context)
+                if first_step is not None:
+                    context.run(first_step)
             self._armed = False
             if not queue:  # else a caller came in between, saw it armed, and did not ring
                 return

@@ -2,7 +2,8 @@
 
 asyncio hands every descriptor that is ready to a callback, which it runs in its next turn; a task made there takes its
 first step one turn later. A selector is the place that asyncio leaves open to be quicker: a task that is made while it
-selects has its first step in the same turn, and a bell that is watched edge by edge need not be read.
+selects may take its first step at once, and where that was its last one, nothing is left to do but to select again.
+A bell that is watched edge by edge need not be read.
 
 epoll counts milliseconds, and asyncio rounds up to them: many short sleepers wake in herds, and late. For short waits
 ``select`` is asked, which counts microseconds, and an epoll descriptor can be waited for like any other.
@@ -30,11 +31,13 @@ SELECTABLE = 1024
 class BellSelector(selectors.EpollSelector):
     """Call *answer* on the loop's thread whenever somebody has written to *bell*, an eventfd that is never read.
 
-    Whoever sets ``look_away`` spares the next ``select`` its look, if it would not wait: no system call, and nobody
-    gets the interpreter's lock meanwhile.
+    *answer* says whether the loop has nothing else to do, and may go on waiting.
+
+    Whoever sets ``look_away`` has the next ``select`` call *answer* first, before it looks at any descriptor. If there
+    is something to do then, it does not look: no system call, and nobody gets the interpreter's lock meanwhile.
     """
 
-    def __init__(self, bell: int, answer: Callable[[], None]) -> None:
+    def __init__(self, bell: int, answer: Callable[[], bool]) -> None:
         super().__init__()
         self.look_away = False
         self._bell = bell
@@ -43,36 +46,44 @@ class BellSelector(selectors.EpollSelector):
         self._epoll: select.epoll = self._selector  # type: ignore[attr-defined]
         self._epoll.register(bell, select.EPOLLIN | select.EPOLLET)
 
+    def probe(self) -> None:
+        """Raise what ``select`` would raise if the epoll can no longer be used; answer nothing."""
+        self._epoll.poll(0, 1)
+
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Do what every selector does; wait for *timeout* to within microseconds where it is short."""
         ready: list[tuple[selectors.SelectorKey, int]] = []
         keys = self._fd_to_key  # type: ignore[attr-defined]
-        look_away, self.look_away = self.look_away, False
-        try:
-            if timeout is None:
-                timeout = -1
-            elif look_away and timeout <= 0:
+        if self.look_away:
+            self.look_away = False
+            if not self._answer():
                 return ready
-            elif timeout <= 0:
-                timeout = 0
-            elif timeout < SHORT and self._waitable is not None:
-                select.select(self._waitable, (), (), timeout)
-                timeout = 0
-            else:
-                timeout = math.ceil(timeout * 1e3) * 1e-3
-            found = self._epoll.poll(timeout, len(keys) + 1)
-        except InterruptedError:  # a signal handler that raises nothing: asyncio counts the time anew
-            return ready
-        for descriptor, event in found:
-            if descriptor == self._bell:
-                self._answer()
-                continue
-            key = keys.get(descriptor)
-            if key is not None:
-                events = 0
-                if event & ~select.EPOLLIN:
-                    events |= selectors.EVENT_WRITE
-                if event & ~select.EPOLLOUT:
-                    events |= selectors.EVENT_READ
-                ready.append((key, events & key.events))
-        return ready
+        if timeout is None:
+            timeout = -1
+        elif timeout <= 0:
+            timeout = 0
+        elif timeout >= SHORT or self._waitable is None:
+            timeout = math.ceil(timeout * 1e3) * 1e-3
+        while True:
+            try:
+                if 0 < timeout < SHORT and self._waitable is not None:
+                    select.select(self._waitable, (), (), timeout)
+                    timeout = 0
+                found = self._epoll.poll(timeout, len(keys) + 1)
+            except InterruptedError:  # a signal handler that raises nothing: asyncio counts the time anew
+                return ready
+            goes_on = False
+            for descriptor, event in found:
+                if descriptor == self._bell:
+                    goes_on = self._answer()
+                    continue
+                key = keys.get(descriptor)
+                if key is not None:
+                    events = 0
+                    if event & ~select.EPOLLIN:
+                        events |= selectors.EVENT_WRITE
+                    if event & ~select.EPOLLOUT:
+                        events |= selectors.EVENT_READ
+                    ready.append((key, events & key.events))
+            if ready or not goes_on or timeout != -1:
+                return ready
