@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import resource
 import select
@@ -38,8 +39,8 @@ def answers():
 def bells(bell, answers):
     """A selector whose answers are counted; they say that it may go on waiting where ``goes_on`` is set."""
 
-    def answer():
-        answers.append("asked")
+    def answer(alone):
+        answers.append("alone" if alone else "not alone")
         return made.goes_on
 
     with contextlib.closing(BellSelector(bell, answer)) as made:
@@ -67,12 +68,12 @@ def test_bell_is_answered_once_per_ring_and_never_read(bells, bell, answers):
     """Watched edge by edge: an unread bell does not ring again, the next ring does."""
     os.eventfd_write(bell, 1)
     assert bells.select(5) == []
-    assert answers == ["asked"]
+    assert answers == ["alone"]
     assert bells.select(0) == []
-    assert answers == ["asked"]
+    assert answers == ["alone"]
     os.eventfd_write(bell, 1)
     bells.select(5)
-    assert answers == ["asked"] * 2
+    assert answers == ["alone"] * 2
     assert os.eventfd_read(bell) == 2
 
 
@@ -116,7 +117,7 @@ def test_short_wait_ends_when_a_descriptor_or_the_bell_has_news(bells, bell, ans
     give_up = time.monotonic() + 5
     while not answers and time.monotonic() < give_up:
         assert bells.select(selector.SHORT * 0.99) == []
-    assert answers == ["asked"]
+    assert answers == ["alone"]
 
 
 def test_signal_that_interrupts_a_wait_is_no_news(bells, monkeypatch):
@@ -130,19 +131,18 @@ def test_signal_that_interrupts_a_wait_is_no_news(bells, monkeypatch):
     assert bells.select(0.01) == []
 
 
-def test_looking_away_answers_first_and_spares_the_look_when_there_is_something_to_do(bells, bell, answers):
-    """The next select answers before it looks; only where that leaves nothing to do does it look, and wait."""
+def test_looking_away_spares_one_look_and_no_wait(bells, bell, answers):
+    """One select that would not wait returns at once; the next one, and one that waits, look."""
     os.eventfd_write(bell, 1)
     bells.look_away = True
-    assert bells.select(5) == []
-    assert answers == ["asked"]  # not for the bell, which nobody has looked at
+    assert bells.select(0) == []
+    assert answers == []
     bells.select(0)
-    assert answers == ["asked"] * 2
-    bells.goes_on = True
+    assert answers == ["alone"]
     os.eventfd_write(bell, 1)
     bells.look_away = True
     bells.select(5)
-    assert answers == ["asked"] * 4
+    assert answers == ["alone"] * 2
     assert not bells.look_away
 
 
@@ -155,10 +155,10 @@ def test_wait_goes_on_when_the_answer_leaves_nothing_to_do(bells, bell, answers)
         threading.Timer(0.01, os.eventfd_write, (bell, 1)).start()
         threading.Timer(0.05, there.send, (b"x",)).start()
         assert [key.fileobj for key, _ in bells.select(None)] == [here]
-        assert answers == ["asked"]
+        assert answers == ["alone"]
         os.eventfd_write(bell, 1)  # both at once, and callers that never cease to ring
         assert [key.fileobj for key, _ in bells.select(None)] == [here]
-        assert answers == ["asked"] * 2
+        assert answers == ["alone", "not alone"]
         bells.unregister(here)
     bells.goes_on = False
     os.eventfd_write(bell, 1)
@@ -198,6 +198,65 @@ def test_call_takes_its_first_step_in_the_turn_of_its_bell():
         facade.shutdown(0)
 
 
+def test_descriptor_of_a_new_reader_is_left_alone_when_a_call_closes_the_old_one(in_thread, eventually):
+    """A first step runs when asyncio has dealt with what it found: its number may be another's afterwards."""
+    facade = SyncFacade()
+    here, there = socket.socketpair()
+    new_here, new_there = socket.socketpair()
+    blocked, release, heard = threading.Event(), threading.Event(), []
+
+    async def listen():
+        running = asyncio.get_running_loop()
+        running.add_reader(here, here.recv, 1)
+
+    async def block():
+        await asyncio.sleep(0)  # in a later step, not in the answer to the bell
+        blocked.set()
+        assert release.wait(20)
+
+    async def exchange():
+        running, number = asyncio.get_running_loop(), here.fileno()
+        running.remove_reader(here)
+        os.dup2(new_here.fileno(), number)  # closes the old one
+        running.add_reader(number, lambda: heard.append(os.read(number, 1)))
+
+    with here, there, new_here, new_there:
+        try:
+            facade.call_sync(listen)
+            blocking = in_thread(facade.call_sync, block)
+            assert blocked.wait(20)
+            there.send(b"x")
+            exchanging = in_thread(facade.call_sync, exchange)
+            eventually(lambda: facade._loop._queue)  # the bell and the descriptor are ready at once
+            release.set()
+            blocking.result(20)
+            exchanging.result(20)
+            new_there.send(b"y")
+            eventually(lambda: heard == [b"y"])
+        finally:
+            facade.shutdown(0)
+
+
+def test_loop_has_time_for_others_when_calls_never_cease():
+    """Calls that come while others do their first steps wait until the loop has looked at all else."""
+    facade = SyncFacade()
+    stopped = threading.Event()
+
+    async def again():
+        if not stopped.is_set():
+            managed.submit(managed.new_call(again, (), None, None, None, None, contextvars.copy_context()))
+
+    try:
+        facade.call_sync(asyncio.sleep, 0)
+        managed = facade._loop
+        facade.call_sync(again)
+        managed.post(stopped.set)
+        assert stopped.wait(20)
+    finally:
+        stopped.set()
+        facade.shutdown(0)
+
+
 def test_call_is_found_when_an_exception_struck_while_its_bell_was_answered(monkeypatch):
     """The edge is gone with the exception: the loop looks into the queue when it goes on."""
     monkeypatch.setattr(loop, "FIRST_WAIT", 60.0)  # the caller's own look would find it too
@@ -211,7 +270,7 @@ def test_call_is_found_when_an_exception_struck_while_its_bell_was_answered(monk
         managed = facade._loop
         real, struck = managed._drain, []
 
-        def strike():
+        def strike(alone):
             if not struck:
                 struck.append(1)
                 raise ZeroDivisionError("thrown into the loop thread")

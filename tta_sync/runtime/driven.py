@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from tta_sync.exceptions import LoopUnavailableError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
-from tta_sync.runtime.first_steps import FirstStepLoop
 from tta_sync.runtime.frames import OUTER_EDGE
 from tta_sync.runtime.loop import LOOK_AGAIN, ManagedLoop, Totals
 from tta_sync.runtime.signals import HeldBack
@@ -49,7 +48,7 @@ UNPOLLED = 7
 those waits for so many first steps at most."""
 
 
-class _Loop(FirstStepLoop):
+class _Loop(asyncio.SelectorEventLoop):
     """asyncio's loop. Where user code calls ``stop``, it is counted; the runtime itself calls ``halt``."""
 
     def __init__(self, totals: Totals, selector: BellSelector | None) -> None:
@@ -78,7 +77,7 @@ class _Loop(FirstStepLoop):
         else:
             super().call_exception_handler(context)
 
-    halt = FirstStepLoop.stop
+    halt = asyncio.SelectorEventLoop.stop
 
 
 class DrivenCall(Call):
@@ -142,10 +141,6 @@ class DrivenLoop(ManagedLoop):
 
     def _halt(self) -> None:
         self.loop.halt()
-
-    def _begin_stopping(self, grace: float) -> None:
-        if not self.stopping:  # else it was deserted: whoever drives now leaves it when the block is over
-            super()._begin_stopping(grace)
 
     # ---- the baton -------------------------------------------------------------------------------------------------
 
@@ -260,14 +255,14 @@ class DrivenLoop(ManagedLoop):
             self._watched = ident
             self.watchdog.notice_thread()
         try:
-            if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
-                self._unpolled += 1
-                self._selector.look_away = True  # the call's own first step first
-            else:
-                self._unpolled = 0
-                self._drain()
+            self._drain()
             wanted = self.refusing or not self._is_wanted() if call is None else not call.done
             if wanted and not self.stopping:
+                if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
+                    self._unpolled += 1
+                    self._selector.look_away = True  # the call's own first step first
+                else:
+                    self._unpolled = 0
                 self.loop.run_forever()
         except BaseException as error:
             if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it
@@ -294,11 +289,7 @@ class DrivenLoop(ManagedLoop):
         if loop.is_closed():
             return True
         try:
-            if self._selector is None:
-                loop._selector.select(0)  # what it finds is found again by the next turn
-            else:
-                self._selector.probe()
-                self._ring()  # a bell is found once
+            loop._selector.select(0)  # what it finds is found again by the next turn
         except Exception:
             return True
         return False
@@ -315,6 +306,11 @@ class DrivenLoop(ManagedLoop):
         self.loop.halt()
         self._wake_standby()
         self.post(self._drain)  # a selector goes on waiting after a handler that does not raise
+
+    def _answer(self, alone: bool) -> bool:
+        # A first step that is queued costs a driver as little: its turn ends with the call anyway.
+        self._drain()
+        return False
 
     def _drain(self, at_once: bool = False) -> None:
         super()._drain(at_once)

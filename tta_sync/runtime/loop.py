@@ -54,6 +54,9 @@ logger = logging.getLogger("tta_sync")
 FIRST_WAIT = 0.02
 """Seconds after which a caller looks whether its call has begun: a signal may have eaten the wake-up."""
 
+FIRST_STEPS = 64
+"""Calls in a row that may take their first steps before the loop looks at what else it has to do."""
+
 LOOK_AGAIN = 1.0
 """Seconds after which a caller looks again whether its call is still carried by a living task on a living loop."""
 
@@ -620,9 +623,9 @@ class ManagedLoop:
             pass  # answered by a drain that came before
         self._drain()
 
-    def _answer(self) -> bool:
-        """Answer the bell, while the loop selects; say whether it may go on waiting."""
-        self._drain(at_once=True)
+    def _answer(self, alone: bool) -> bool:
+        """Answer the bell, while the loop selects; say whether it may go on waiting. See selector.py."""
+        self._drain(at_once=alone)
         nothing_to_do: bool = self.loop.has_nothing_to_do()  # type: ignore[attr-defined]  # a FirstStepLoop
         return nothing_to_do
 
@@ -635,8 +638,14 @@ class ManagedLoop:
             watchdog.unpark()
         if self.stopping:
             return  # the last turn is over: a task made now would never begin; its caller is told by _bury
+        turns = FIRST_STEPS
         while True:
             while queue:
+                if at_once:
+                    if turns == 0:  # callers may go on coming: first what else the loop has to do
+                        self._ring()
+                        return
+                    turns -= 1
                 call = queue.popleft()
                 self.begun += 1
                 context = call.context

@@ -31,13 +31,14 @@ SELECTABLE = 1024
 class BellSelector(selectors.EpollSelector):
     """Call *answer* on the loop's thread whenever somebody has written to *bell*, an eventfd that is never read.
 
-    *answer* says whether the loop has nothing else to do, and may go on waiting.
+    *answer* hears whether the bell rang alone: else it must run no foreign code, which might close the descriptors that
+    the loop is about to be told of. It says whether the loop has nothing else to do, and may go on waiting.
 
-    Whoever sets ``look_away`` has the next ``select`` call *answer* first, before it looks at any descriptor. If there
-    is something to do then, it does not look: no system call, and nobody gets the interpreter's lock meanwhile.
+    Whoever sets ``look_away`` spares the next ``select`` its look, if it would not wait: no system call, and nobody
+    gets the interpreter's lock meanwhile.
     """
 
-    def __init__(self, bell: int, answer: Callable[[], bool]) -> None:
+    def __init__(self, bell: int, answer: Callable[[bool], bool]) -> None:
         super().__init__()
         self.look_away = False
         self._bell = bell
@@ -46,20 +47,15 @@ class BellSelector(selectors.EpollSelector):
         self._epoll: select.epoll = self._selector  # type: ignore[attr-defined]
         self._epoll.register(bell, select.EPOLLIN | select.EPOLLET)
 
-    def probe(self) -> None:
-        """Raise what ``select`` would raise if the epoll can no longer be used; answer nothing."""
-        self._epoll.poll(0, 1)
-
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Do what every selector does; wait for *timeout* to within microseconds where it is short."""
         ready: list[tuple[selectors.SelectorKey, int]] = []
         keys = self._fd_to_key  # type: ignore[attr-defined]
-        if self.look_away:
-            self.look_away = False
-            if not self._answer():
-                return ready
+        look_away, self.look_away = self.look_away, False
         if timeout is None:
             timeout = -1
+        elif look_away and timeout <= 0:
+            return ready
         elif timeout <= 0:
             timeout = 0
         elif timeout >= SHORT or self._waitable is None:
@@ -72,10 +68,10 @@ class BellSelector(selectors.EpollSelector):
                 found = self._epoll.poll(timeout, len(keys) + 1)
             except InterruptedError:  # a signal handler that raises nothing: asyncio counts the time anew
                 return ready
-            goes_on = False
+            rung = False
             for descriptor, event in found:
                 if descriptor == self._bell:
-                    goes_on = self._answer()
+                    rung = True
                     continue
                 key = keys.get(descriptor)
                 if key is not None:
@@ -85,5 +81,6 @@ class BellSelector(selectors.EpollSelector):
                     if event & ~select.EPOLLOUT:
                         events |= selectors.EVENT_READ
                     ready.append((key, events & key.events))
+            goes_on = rung and self._answer(not ready)
             if ready or not goes_on or timeout != -1:
                 return ready
