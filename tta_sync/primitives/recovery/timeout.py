@@ -177,7 +177,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     waited = _NOTHING
                 else:
                     self._waits = True
-                    answer[0] = _TAKEN
+                    answer.clear()
                     coroutine = start.__self__
             if waited is not _NOTHING:
                 if limit is None:  # the deadline may be moved: then this limit may be the one that strikes
@@ -314,12 +314,12 @@ def _first_steps(answer: list[Any]) -> Generator[Any, Any, Any]:
     """Run one coroutine after another until it waits for something, without the cost of a StopIteration for each.
 
     Sent a coroutine, it yields *answer* with its result in it; or what the coroutine waits for, and from then on it is
-    as good as that coroutine itself: whoever goes on with it has put something into *answer*.
+    as good as that coroutine itself: whoever goes on with it has emptied *answer*.
     """
     coroutine = yield answer
     while True:
         result = yield from coroutine
-        if answer[0] is _TAKEN:
+        if not answer:
             return result
         answer[0] = result
         result = coroutine = None
@@ -336,8 +336,6 @@ def _make_starter() -> tuple[Any, list[Any]]:
 _starters: list[tuple[Any, list[Any]]] = []
 """Those at rest: as many as have ever been at work at one moment, one inside the other or on several threads. Taken and
 given back by atomic operations; one whose coroutine raised, or waits, does not come back."""
-
-_TAKEN = object()
 
 
 class _OwnLimit(TimeLimit):
