@@ -90,6 +90,24 @@ def test_callback_of_a_finalizer_is_queued_when_it_comes_while_a_task_is_made(lo
     assert loop.run_until_complete(name.other) == "the finalizer's"
 
 
+def test_call_soon_that_somebody_has_exchanged_stays_what_it_is(loop):
+    """Whoever traces the loop's callbacks goes on doing so, and sees all but the first step."""
+    seen, real = [], loop.call_soon
+
+    def traced(callback, *args, context=None):
+        seen.append(callback)
+        return real(callback, *args, context=context)
+
+    loop.call_soon = traced
+    context = contextvars.copy_context()
+    task, first_step = in_turn(loop, lambda: loop.new_task(answer(), "mine", context))
+    assert loop.call_soon is traced
+    assert first_step not in seen
+    loop.call_soon(first_step, context=context)
+    assert loop.run_until_complete(task) == "mine"
+    assert len(seen) > 2
+
+
 def test_loop_is_as_ever_when_a_task_could_not_be_made(loop):
     """An exception from a signal may strike there."""
 

@@ -278,7 +278,9 @@ def test_call_is_found_when_an_exception_struck_while_its_bell_was_answered(monk
 
         managed.loop._selector._answer = strike
         begun = time.monotonic()
-        assert facade.call_sync(answer) == 42
+        while not struck and time.monotonic() - begun < 20:
+            # The loop may still be busy with the call before, and find this one without its bell.
+            assert facade.call_sync(answer) == 42
         assert struck
         assert time.monotonic() - begun < 30
     finally:

@@ -22,7 +22,7 @@ class FirstStepLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, selector: Any = None) -> None:
         super().__init__(selector)
-        self._usual_call_soon = self.call_soon
+        self._usual_call_soon: Any = None  # while a task is made
         self._keeping_call_soon = self._keep
         self._beginning: Coroutine[Any, Any, Any] | None = None
         self._first_step: Callable[[], object] | None = None
@@ -32,11 +32,12 @@ class FirstStepLoop(asyncio.SelectorEventLoop):
     ) -> tuple[asyncio.Task[Any], Callable[[], object] | None]:
         """Make a task, and return it with its first step, to be run in *context*; None if the loop will run it."""
         self._beginning = coroutine
+        usual = self._usual_call_soon = self.call_soon  # perhaps somebody's own, which traces it
         self.call_soon = self._keeping_call_soon  # type: ignore[assignment,method-assign]
         try:
             task = asyncio.Task(coroutine, loop=self, name=name, context=context)
         finally:
-            self.call_soon = self._usual_call_soon  # type: ignore[method-assign]
+            self.call_soon = usual  # type: ignore[method-assign]
             first_step, self._beginning, self._first_step = self._first_step, None, None
         return task, first_step
 
