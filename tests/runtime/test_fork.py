@@ -366,7 +366,7 @@ def test_parent_keeps_nothing_when_loops_ran_in_its_children(run_program):
                     os._exit(facade.call_sync(answer) != 42)
                 assert os.waitpid(pid, 0)[1] == 0
         forks(10)
-        time.sleep(0.2)  # what the runtime starts beside is there by now
+        until(lambda: any(thread.name == "tta_sync-watchdog" for thread in threading.enumerate()))  # started beside
         before = held()
         forks(40)
         until(lambda: held() <= before)
