@@ -783,6 +783,30 @@ def test_worker_stops_when_rq_commands_it(client: Redis, start: Start) -> None:
     assert client.keys("tta_sync:*") == []
 
 
+def test_worker_hears_commands_as_soon_as_it_is_listed(client: Redis, eventually: Any) -> None:
+    """RQ's own subscribes a moment after: a command sent in between is lost."""
+    heard = []
+
+    class Watched(AsyncWorker):
+        def serialize(self) -> Any:  # asked for what to list
+            heard.extend(client.pubsub_numsub(self.pubsub_channel_name))
+            return super().serialize()  # type: ignore[no-untyped-call]
+
+    worker = Watched(["default"], connection=client)
+    for _ in range(2):  # the second time it subscribes anew
+        worker.work(burst=True, logging_level="CRITICAL")
+    assert [listeners for _, listeners in heard] == [1, 1]
+    eventually(lambda: client.pubsub_channels("rq:pubsub:*") == [])
+
+
+def test_worker_hears_nothing_when_its_name_is_taken(client: Redis, start: Start, eventually: Any) -> None:
+    start(options=("--name", "twin"))
+    worker = AsyncWorker(["default"], connection=client, name="twin")
+    with pytest.raises(ValueError, match="active worker named 'twin'"):
+        worker.work(burst=True, logging_level="CRITICAL")
+    eventually(lambda: client.pubsub_numsub("rq:pubsub:twin") == [(b"rq:pubsub:twin", 1)])
+
+
 # ---- dying
 
 

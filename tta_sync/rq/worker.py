@@ -366,12 +366,22 @@ class AsyncWorker(SimpleWorker):
             self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 
+    def subscribe(self) -> None:
+        """Hear commands from before the worker is listed. RQ's own misses those sent to one that has just shown up."""
+        if self.pubsub_thread is None:
+            super().subscribe()  # type: ignore[no-untyped-call]
+
     def _install_signal_handlers(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
 
     def bootstrap(self, *args: Any, **options: Any) -> None:
-        super().bootstrap(*args, **options)
+        self.subscribe()
+        try:
+            super().bootstrap(*args, **options)
+        except BaseException:
+            self.unsubscribe()
+            raise
         self.set_state(WorkerStatus.IDLE)
 
     def _work(self, burst: bool, max_jobs: int | None, max_idle_time: int | None) -> bool:
@@ -860,6 +870,7 @@ class AsyncWorker(SimpleWorker):
         if thread is not None:
             thread.stop()  # first: the end of the subscription wakes it once only
         super().unsubscribe()  # type: ignore[no-untyped-call]
+        self.pubsub_thread = None
 
     def teardown(self) -> None:
         """Say goodbye; a Redis that is down is no reason to hang."""

@@ -49,6 +49,7 @@ LOCK_LIFE = 5.0  # seconds; renewed at a third of it
 _FORGET_LIMIT = 1.0  # seconds for an invalidation, which may not be skipped
 _PART_OF_REMAINING = 0.1  # of the time that a call has left, for one question to Redis
 _MAX_SWEEPS = 1000
+_MAX_PLAIN = 8 * 2**20  # bytes of a value of a RedisBackend without a cache
 
 
 class Script:
@@ -365,7 +366,7 @@ class PlainStore:
 
     def __init__(self, backend: RedisBackend) -> None:
         self._endpoint, self._prefix = resolve(backend)
-        self._codec = Codec(None, self._endpoint.bounds.max_bytes // 2, 1024)
+        self._codec = Codec(None, _MAX_PLAIN, 1024)
 
     async def get(self, key: str) -> Any | None:
         name = f"{self._prefix}{key}".encode()
