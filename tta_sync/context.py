@@ -341,11 +341,13 @@ class TimeLimit(float):
     """The moment at which a TimeoutPrimitive will cut the step inside it; ``struck`` is set just before it does.
 
     ``outer`` is the limit around it. ``over`` is set when the step has ended: a task that the step has started and left
-    running still sees the limit, which does not hold for it any more.
+    running still sees the limit, which does not hold for it any more. ``step`` is the step's coroutine: only what runs
+    inside it is sure to be cut with it.
     """
 
     outer: float | None = None
     over = False
+    step: Any = None
     struck = False
 
 
@@ -383,9 +385,8 @@ def current_context() -> WorkflowContext | None:
     return None
 
 
-def limit_in_force() -> float | None:
-    """Return the earliest moment at which a TimeoutPrimitive around this step will cut it."""
-    limit = time_limit.get()
+def limit_in_force(limit: float | None) -> float | None:
+    """Return *limit*, the value of ``time_limit``, or the innermost one around it whose step has not ended."""
     while isinstance(limit, TimeLimit) and limit.over:
         limit = limit.outer
     return limit
@@ -393,7 +394,7 @@ def limit_in_force() -> float | None:
 
 def cut_off(context: WorkflowContext) -> float | None:
     """Return the moment on ``context.clock`` at which this step will be cut: by deadline or time limit."""
-    limit = limit_in_force()
+    limit = limit_in_force(time_limit.get())
     deadline = context.deadline
     if deadline is None:
         return limit

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tta_sync.context import WorkflowContext, limit_in_force
+from tta_sync.context import WorkflowContext, limit_in_force, time_limit
 from tta_sync.primitives import (
     BulkheadPrimitive,
     CachePrimitive,
@@ -174,7 +174,7 @@ async def cancelled_at(build: Callable[[Work], Any], first: int, second: int) ->
     assert asyncio.all_tasks() == {mine}
     assert work.inside == 0
     assert taken(flow) == []
-    assert limit_in_force() is None
+    assert limit_in_force(time_limit.get()) is None
     work.fails = 0
     again = asyncio.ensure_future(flow.execute(["x"], WorkflowContext(clock=clock)))
     for _ in range(1000):

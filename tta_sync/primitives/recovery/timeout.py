@@ -132,31 +132,41 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             else:
                 deadline = None
         outer = _limit_around()
+        borrowed: _Borrowed | None = None
         if outer is not None:
             if getattr(outer, "over", False):
-                outer = limit_in_force()
+                outer = limit_in_force(outer)
             if outer is not None and outer <= at:
                 if outer <= now:
                     name = call_name(self.primitive)
                     raise not_called(StepTimeoutError(name, 0.0, "the limit around it had already passed"))
-                return await self._inner(data, context)  # type: ignore[no-any-return]  # who set that limit cuts first
+                around = getattr(outer, "step", None)
+                if around is None or around.cr_running:
+                    return await self._inner(data, context)  # type: ignore[no-any-return]  # it is cut with that step
+                borrowed = at, deadline
+                at, deadline = float(outer), None
         limit: _OwnLimit | None = None
         if deadline is None:
             limit = _set_limit(at, outer)
         else:
-            caller = _waiting_caller()
+            caller: Any = _waiting_caller()
             if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
-                return await self._inner(data, context)  # type: ignore[no-any-return]  # who waits for the call cuts it
+                task = caller.task
+                if task is not None and task.get_coro().cr_running:
+                    return await self._inner(data, context)  # type: ignore[no-any-return]  # it is cut with that call
 
         driver: _Driver | None = None
         cause: BaseException | None = None
         try:
             # A step that never waits needs no timer: nothing could fire while it runs. Whether this one will is guessed
             # from the last call, as what is cheap for the one is dear for the other.
+            step: Any = self._inner(data, context)
+            coroutine = step
+            if limit is not None:
+                limit.step = step
             if self._waits:
-                coroutine: Any = self._inner(data, context)
                 try:
-                    waited = coroutine.send(None)
+                    waited = step.send(None)
                 except StopIteration as stop:
                     self._waits = False
                     waited = _NOTHING
@@ -167,7 +177,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 except IndexError:
                     starter = _make_starter()
                 start, answer = starter
-                waited = start(self._inner(data, context))
+                waited = start(step)
                 if waited is answer:
                     result = answer[0]
                     answer[0] = None
@@ -182,12 +192,13 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             if waited is not _NOTHING:
                 if limit is None:  # the deadline may be moved: then this limit may be the one that strikes
                     limit = _set_limit(now + self.timeout_seconds, outer)
-                driver = _Driver(waited, coroutine, clock, at, deadline, limit)
+                    limit.step = step
+                driver = _Driver(waited, coroutine, clock, at, deadline, limit, borrowed)
                 try:
                     result = await driver
                 finally:
                     driver.end()
-                if not driver.fired and monotonic() < driver.at:
+                if not driver.fired and (monotonic() < driver.at or driver.has_moved()):
                     return result  # type: ignore[no-any-return]
             elif monotonic() < at:
                 return result  # type: ignore[no-any-return]
@@ -201,7 +212,9 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 # Not reset(token): a step that is left behind ends in another context than it began in.
                 _set_time_limit(outer)
         try:
-            return await self._cut(data, context, driver, deadline if driver is None else driver.deadline, cause)
+            if driver is not None:
+                deadline, borrowed = driver.deadline, driver.borrowed
+            return await self._cut(data, context, driver, deadline, borrowed, cause)
         finally:
             cause = driver = None  # their frames lead back to this one
 
@@ -211,6 +224,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         context: WorkflowContext,
         driver: _Driver | None,
         deadline: Deadline | None,
+        borrowed: _Borrowed | None,
         cause: BaseException | None,
     ) -> Out:
         """Say that the step took too long, or let the fallback answer."""
@@ -225,16 +239,19 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
             if deadline is not None:
                 raise DeadlineExceededError(deadline.seconds) from cause
-            error = self._timed_out(context, detached, blocked=not fired)
-            if self.fallback is None:
+            error = self._timed_out(context, detached, blocked=not fired, borrowed=borrowed is not None)
+            if self.fallback is None or borrowed is not None:  # it is too late for the fallback as well
                 raise error from cause
             self._fell_back(self.fallback, context, error)
         finally:
             error = cause = driver = None
         return await self.fallback._run(data, context)
 
-    def _timed_out(self, context: WorkflowContext, detached: str, blocked: bool) -> StepTimeoutError:
-        """Note that the limit was hit, and make the error that says so; *detached* is why the step was left behind."""
+    def _timed_out(self, context: WorkflowContext, detached: str, blocked: bool, borrowed: bool) -> StepTimeoutError:
+        """Note that the limit was hit, and make the error that says so.
+
+        *detached* is why the step was left behind; *borrowed*: it was the limit around this one.
+        """
         name = call_name(self.primitive)
         if self.track_timeouts:
             state = context.state
@@ -252,6 +269,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 )
             )
         details = []
+        if borrowed:
+            details.append("a shorter limit, around the step that started this task, came first")
         if blocked:
             details.append("it blocked the loop and could not be cancelled: make it a thread_step")
         if detached:
@@ -341,15 +360,24 @@ given back by atomic operations; one whose coroutine raised, or waits, does not 
 class _OwnLimit(TimeLimit):
     """A TimeLimit that is made for each call, and so without a dictionary."""
 
-    __slots__ = ("outer", "over", "struck")
+    __slots__ = ("outer", "over", "step", "struck")
 
 
-def _set_limit(at: float, outer: float | None) -> _OwnLimit:
+def _new_limit(at: float, outer: float | None) -> _OwnLimit:
     limit = _OwnLimit(at)
     limit.outer = outer
     limit.over = limit.struck = False
+    return limit
+
+
+def _set_limit(at: float, outer: float | None) -> _OwnLimit:
+    limit = _new_limit(at, outer)
     _set_time_limit(limit)
     return limit
+
+
+_Borrowed = tuple[float, Deadline | None]
+"""When a limit is to strike that enforces one around it, as it runs in another task, once that one is over."""
 
 
 class _Alarms:
@@ -435,7 +463,14 @@ class _Driver:
     _stranded: Any = None  # what the step waits for when it is left behind
 
     def __init__(
-        self, waited: Any, coroutine: Any, clock: Clock, at: float, deadline: Deadline | None, limit: _OwnLimit
+        self,
+        waited: Any,
+        coroutine: Any,
+        clock: Clock,
+        at: float,
+        deadline: Deadline | None,
+        limit: _OwnLimit,
+        borrowed: _Borrowed | None,
     ) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
@@ -450,6 +485,7 @@ class _Driver:
         self.at = at
         self.deadline = deadline  # the one to blame; None: the own limit
         self._limit = limit  # the own one
+        self.borrowed = borrowed
         alarms: _Alarms | None = getattr(_thread, "alarms", None)
         if alarms is None or alarms.loop() is not loop or alarms.clock is not clock:
             alarms = _thread.alarms = _Alarms(loop, clock)  # those of another loop or clock ring on their own
@@ -458,7 +494,7 @@ class _Driver:
 
     def end(self) -> None:
         """Let go of everything: the step has ended, or was left behind."""
-        self.over = True
+        self.over = self._limit.over = True
         self._coroutine = self._stranded = None
         if self.fired:
             if self._grace is not None:
@@ -512,21 +548,41 @@ class _Driver:
 
     def fire(self) -> None:
         """Cancel the step: its limit has come."""
-        deadline = self.deadline
-        if deadline is not None and deadline.at > self.at:
-            # It was moved, as others wait for the same work, and longer.
-            self.at = min(deadline.at, self._limit)
-            if self._limit < deadline.at:
-                self.deadline = None
-            if self.at > self._clock.monotonic():
-                self._alarms.add(self, self.at)
-                return
+        if self.has_moved():
+            self._alarms.add(self, self.at)
+            return
         struck = self._limit if self.deadline is None else self.deadline
         struck.struck = True
         self.fired = True
         self._asked = 1
         self._grace = self._clock.call_at(self._clock.monotonic() + GRACE, self._leave_behind)
         self.task.cancel()
+
+    def has_moved(self) -> bool:
+        """Look anew when to strike; say whether that is still to come."""
+        deadline = self.deadline
+        if self.borrowed is not None:
+            around = limit_in_force(self._limit.outer)
+            if around is not self._limit.outer:
+                # The step that started this task has ended: its limit no longer holds here.
+                at, deadline = self.borrowed
+                limit = self._limit
+                if around is not None and around < at:
+                    at, deadline = float(around), None
+                else:
+                    self.borrowed = None
+                self.at, self.deadline = at, deadline
+                self._limit = _new_limit(at, around)
+                self._limit.step = limit.step
+                self._limit.over = self.over
+                limit.outer = self._limit  # for those inside, who have the old one
+                limit.over = True
+        elif deadline is not None and deadline.at > self.at:
+            # It was moved, as others wait for the same work, and longer.
+            self.at = min(deadline.at, self._limit)
+            if self._limit < deadline.at:
+                self.deadline = None
+        return self.at > self._clock.monotonic()
 
     def _leave_behind(self) -> None:
         """Take the task back from whatever the step waits for, without disturbing the step any further."""
