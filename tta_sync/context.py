@@ -25,15 +25,16 @@ class Deadline:
 
     Monotonic inside the process; ``expires_at`` is the same moment on the wall clock, for what crosses to another one.
     Whoever cancels a call because its deadline has passed sets ``struck`` first: :func:`cancel_reason` reads it.
+    ``kept`` is set by whoever waits for a call in a thread, and ends it then: without it, nobody need be looked for.
     """
 
-    __slots__ = ("at", "clock", "seconds", "struck")
+    __slots__ = ("at", "clock", "kept", "seconds", "struck")
 
     def __init__(self, at: float, seconds: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         self.at = at  # on clock.monotonic()
         self.seconds = seconds  # what it was set to, for messages
         self.clock = clock
-        self.struck = False
+        self.kept = self.struck = False
 
     @classmethod
     def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:

@@ -265,6 +265,7 @@ class SyncFacade:
             )
         # The steps must see this call's limit; a context that is used for another call afterwards must not.
         context.deadline = Deadline(deadline, limit)
+        context.deadline.kept = True
         try:
             return loop.conduct(
                 loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context), self.max_in_flight
@@ -405,6 +406,7 @@ class SyncFacade:
             return None, None
         if own.remaining() <= 0:
             own.raise_exceeded()
+        own.kept = True
         return own.at, own.seconds
 
     def _refuse(self, loop: ManagedLoop, name: str) -> None:

@@ -26,6 +26,7 @@ from tta_sync.context import (
     WorkflowContext,
     cancel_reason,
     cut_off,
+    running_context,
     time_limit,
 )
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError, copy_error
@@ -478,9 +479,21 @@ def test_no_timer_is_set_when_the_waiting_caller_enforces_the_deadline() -> None
         alarms = getattr(module._thread, "alarms", None)
         return 0 if alarms is None else len(alarms._heap) + (alarms._timer is not None)
 
+    async def call(context: WorkflowContext) -> int:
+        return await step(count).execute(1, context)
+
+    def bound(context: WorkflowContext) -> int:
+        return facade.call_sync(call, context)
+
     facade = SyncFacade()
+    context = WorkflowContext(deadline=Deadline.after(20.0))
     try:
         assert facade.run_sync(step(count), timeout=20.0) == 0
+        assert facade.run_sync(step(count), 1, context) == 0
+        context.deadline = Deadline.after(20.0)
+        run_in = contextvars.copy_context()
+        run_in.run(running_context.set, context)
+        assert run_in.run(bound, context) == 0
         assert facade.run_sync(step(count), timeout=120.0) == 1
     finally:
         facade.shutdown(5)

@@ -132,7 +132,7 @@ def _entry(run: Run) -> Callable[..., Coroutine[Any, Any, Any]]:
         self: Any, data: Any = None, context: WorkflowContext | None = None, /, **keywords: Any
     ) -> Coroutine[Any, Any, Any]:
         # The usual case by identity, which is cheaper than isinstance; a subclass of the context goes the long way.
-        if keywords or context.__class__ is not WorkflowContext or data.__class__ is WorkflowContext:
+        if keywords or type(context) is not WorkflowContext:
             data, context = sort_arguments(data, context, keywords)
         return run(self, data, context)
 
