@@ -100,8 +100,9 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
                 self._in_use += 1
         if not entered:
             await self._queue(context)
+        inner = self._inner  # a local: called on self, it would first be looked for in the class
         try:
-            return await self._inner(data, context)
+            return await inner(data, context)
         finally:
             if fork == self._fork:
                 self._leave()

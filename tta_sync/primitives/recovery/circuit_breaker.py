@@ -481,8 +481,9 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         if self._state is not CLOSED or self._asks_first:
             began = context.clock.monotonic()
             generation, lease = self._admit(began, context)
+        inner = self._inner  # a local: called on self, it would first be looked for in the class
         try:
-            result = await self._inner(data, context)
+            result = await inner(data, context)
         except BaseException as error:
             cut = (
                 isinstance(error, asyncio.CancelledError)

@@ -77,8 +77,9 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
         return (self.primary, *self.fallbacks)
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
+        inner = self._inner  # a local: called on self, it would first be looked for in the class
         try:
-            return await self._inner(data, context)
+            return await inner(data, context)
         except Exception as error:
             if not isinstance(error, self.fallback_on):
                 raise

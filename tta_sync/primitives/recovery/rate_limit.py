@@ -192,7 +192,8 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         early = arrival - now - self._tolerance
         if early <= SLACK:
             baton.append(arrival + self._interval)
-            return self._inner(data, context)
+            inner = self._inner  # a local: called on self, it would first be looked for in the class
+            return inner(data, context)
         baton.append(arrival)
         return self._refuse(early, context)
 

@@ -436,8 +436,9 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         if not self._plain:
             return await self._attempts(data, context, context.clock.monotonic(), None)
+        inner = self._inner  # a local: called on self, it would first be looked for in the class
         try:
-            return await self._inner(data, context)
+            return await inner(data, context)
         except Exception as error:
             first = error
         try:

@@ -120,7 +120,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         return None
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
-        inner = self._inner  # called as `self._inner()`, it would be looked up as a method first
+        inner = self._inner  # a local: called on self, it would first be looked for in the class
         clock = context.clock
         monotonic = clock.monotonic
         now = monotonic()
