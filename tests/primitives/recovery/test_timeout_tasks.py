@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from tta_sync import SyncFacade, events
 from tta_sync.context import Deadline, WorkflowContext, cut_off
 from tta_sync.exceptions import DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step
-from tta_sync.primitives.recovery import TimeoutPrimitive
+from tta_sync.primitives.recovery import CircuitBreakerPrimitive, RetryPrimitive, TimeoutPrimitive
 from tta_sync.testing import FakeClock
 
 Main = Callable[[WorkflowContext], Any]
@@ -163,23 +164,118 @@ def test_task_of_a_task_goes_by_a_limit_that_was_put_off(tasks: Tasks) -> None:
     assert tasks.visible[0] == 5.0
 
 
+def test_limit_inside_a_limit_in_a_task_strikes_in_its_time(tasks: Tasks) -> None:
+    """The outer one goes by the limit of the step that started the task: the inner one cannot rely on that."""
+    inner = TimeoutPrimitive(tasks.work(10), 3.0)
+    background = TimeoutPrimitive(RetryPrimitive(inner, max_retries=0), 8.0)
+
+    async def main(context: WorkflowContext) -> Any:
+        await TimeoutPrimitive(tasks.starting(background, 0.5), 1.0).execute("x", context)
+        return await tasks.outcome()
+
+    error = run(main)
+    assert isinstance(error, StepTimeoutError)
+    assert error.timeout == 3.0
+    assert tasks.ended == [("CancelledError", 3.0)]
+
+
+def test_limits_inside_each_other_in_a_task_are_cut_once_with_the_step_that_started_it(tasks: Tasks) -> None:
+    inner = TimeoutPrimitive(tasks.work(10), 3.0)
+    background = TimeoutPrimitive(RetryPrimitive(inner, max_retries=0), 8.0)
+
+    async def main(context: WorkflowContext) -> Any:
+        with pytest.raises(StepTimeoutError, match="its 2 s"):
+            await TimeoutPrimitive(tasks.starting(background, 30.0), 2.0).execute("x", context)
+        return await tasks.outcome()
+
+    assert isinstance(run(main), StepTimeoutError)
+    assert tasks.ended == [("CancelledError", 2.0)]
+
+
+def test_reason_of_a_cut_is_known_when_the_step_that_started_the_task_ends_first(tasks: Tasks) -> None:
+    """A breaker in the task counts the cut as a failure, though the limit is over by the time that it asks."""
+    breaker = CircuitBreakerPrimitive(tasks.work(10))
+
+    async def main(context: WorkflowContext) -> Any:
+        with pytest.raises(StepTimeoutError):
+            await TimeoutPrimitive(tasks.starting(TimeoutPrimitive(breaker, 8.0), 30.0), 2.0).execute("x", context)
+        return await tasks.outcome()
+
+    assert isinstance(run(main), StepTimeoutError)
+    assert breaker.failure_count == 1
+
+
+def test_task_that_an_orphan_starts_is_free_when_the_orphan_has_ended() -> None:
+    """While it runs on, nothing in it waits any more; its tasks are not bound by that for ever."""
+    begun: list[asyncio.Task[Any]] = []
+    later = TimeoutPrimitive(step(lambda data: asyncio.sleep(0, "worked")), 5.0)
+
+    async def stubborn(data: Any, context: WorkflowContext) -> None:
+        try:
+            await context.clock.sleep(100.0)
+        except asyncio.CancelledError:
+            await context.clock.sleep(2.0)
+
+        async def wait() -> Any:
+            await context.clock.sleep(1.0)
+            return await later.execute(data, context)
+
+        begun.append(asyncio.create_task(wait()))
+
+    async def main(context: WorkflowContext) -> Any:
+        with pytest.raises(StepTimeoutError, match="left behind"):
+            await TimeoutPrimitive(stubborn, 1.0).execute("x", context)
+        await context.clock.sleep(10.0)
+        return await begun[0]
+
+    assert run(main) == "worked"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="3.11 has no eager tasks")
+@pytest.mark.parametrize("around", ["limit", "call"])
+def test_task_that_begins_inside_its_starter_has_its_own_limit(tasks: Tasks, around: str) -> None:
+    """An eager task does its first steps as if it were a part of the step that starts it."""
+    background = TimeoutPrimitive(step(lambda data: asyncio.sleep(3600)), 0.2)
+
+    async def start(data: Any, context: WorkflowContext) -> str:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+        tasks.task = asyncio.create_task(background.execute(data, context))
+        asyncio.get_running_loop().set_task_factory(None)
+        return "started"
+
+    async def wait() -> Any:
+        return await asyncio.wait_for(tasks.outcome(), 30.0)
+
+    if around == "limit":
+
+        async def main() -> Any:
+            assert await TimeoutPrimitive(start, 0.1).execute("x") == "started"
+            return await wait()
+
+        assert isinstance(asyncio.run(main()), StepTimeoutError)
+        return
+    facade = SyncFacade()
+    try:
+        assert facade.run_sync(step(start), "x", timeout=0.1) == "started"
+        assert isinstance(facade.call_sync(wait), DeadlineExceededError)
+    finally:
+        facade.shutdown()
+
+
 @pytest.mark.parametrize(("outermost", "cut_at"), [(2.0, 2.0), (10.0, 3.0)])
 def test_task_is_cut_by_the_next_limit_around_when_the_nearest_is_over(
     tasks: Tasks, outermost: float, cut_at: float
 ) -> None:
     background = TimeoutPrimitive(tasks.work(10), 3.0)
 
-    async def wait(data: Any, context: WorkflowContext) -> None:
-        await asyncio.gather(tasks.outcome(), context.clock.sleep(8.0))
-
     inner = TimeoutPrimitive(tasks.starting(background, 0.5), 1.0)
+    wait = step(lambda data, context: context.clock.sleep(8.0))
 
     async def main(context: WorkflowContext) -> Any:
-        await TimeoutPrimitive(inner >> step(wait), outermost, fallback=lambda data: None).execute("x", context)
-        assert tasks.task is not None
-        return tasks.task
+        await TimeoutPrimitive(inner >> wait, outermost, fallback=lambda data: None).execute("x", context)
+        return await tasks.outcome()
 
-    assert run(main).done()
+    assert isinstance(run(main), StepTimeoutError)
     assert tasks.ended == [("CancelledError", cut_at)]
     assert tasks.visible == [1.0] + [cut_at] * (int(cut_at) - 1)
 

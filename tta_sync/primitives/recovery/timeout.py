@@ -10,6 +10,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 import threading
 import types
 import weakref
@@ -134,7 +135,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             else:
                 deadline = None
         outer = _limit_around()
-        borrowed: _Borrowed | None = None
+        limit: _OwnLimit | None = None
+        borrowed: _BorrowedLimit | None = None
         if outer is not None:
             if getattr(outer, "over", False):
                 outer = limit_in_force(outer)
@@ -143,18 +145,26 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     name = call_name(self.primitive)
                     raise not_called(StepTimeoutError(name, 0.0, "the limit around it had already passed"))
                 around = getattr(outer, "step", None)
-                if around is None or around.cr_running:
+                if around is None or (
+                    around.cr_running and (_current_task is None or outer.task is _current_task())  # type: ignore[attr-defined]
+                ):
                     return await inner(data, context)  # type: ignore[no-any-return]  # it is cut with that step
-                borrowed = at, deadline
+                limit = _new_limit(now + self.timeout_seconds, outer)
+                borrowed = _borrow(outer, limit, (at, deadline))
                 at, deadline = float(outer), None
-        limit: _OwnLimit | None = None
-        if deadline is None:
+        if limit is not None:
+            pass
+        elif deadline is None:
             limit = _set_limit(at, outer)
         elif deadline.kept:
             caller: Any = _waiting_caller()
             if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
                 task = caller.task
-                if task is not None and task.get_coro().cr_running:
+                if (
+                    task is not None
+                    and task.get_coro().cr_running
+                    and (_current_task is None or task is _current_task())
+                ):
                     return await inner(data, context)  # type: ignore[no-any-return]  # it is cut with that call
 
         driver: _Driver | None = None
@@ -211,12 +221,13 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         finally:
             if limit is not None:
                 limit.over = True
+                limit.task = None
                 # Not reset(token): a step that is left behind ends in another context than it began in.
                 _set_time_limit(outer)
         try:
             if driver is not None:
                 deadline, borrowed = driver.deadline, driver.borrowed
-            return await self._cut(data, context, driver, deadline, borrowed, cause)
+            return await self._cut(data, context, driver, deadline, borrowed is not None, cause)
         finally:
             cause = driver = None  # their frames lead back to this one
 
@@ -226,10 +237,10 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         context: WorkflowContext,
         driver: _Driver | None,
         deadline: Deadline | None,
-        borrowed: _Borrowed | None,
+        borrowed: bool,
         cause: BaseException | None,
     ) -> Out:
-        """Say that the step took too long, or let the fallback answer."""
+        """Say that the step took too long, or let the fallback answer; *borrowed*: at the limit around this one."""
         fired = driver is not None and driver.fired
         error: StepTimeoutError | None = None
         detached = ""
@@ -241,8 +252,8 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
             if deadline is not None:
                 raise DeadlineExceededError(deadline.seconds) from cause
-            error = self._timed_out(context, detached, blocked=not fired, borrowed=borrowed is not None)
-            if self.fallback is None or borrowed is not None:  # it is too late for the fallback as well
+            error = self._timed_out(context, detached, blocked=not fired, borrowed=borrowed)
+            if self.fallback is None or borrowed:  # it is too late for the fallback as well
                 raise error from cause
             self._fell_back(self.fallback, context, error)
         finally:
@@ -364,13 +375,16 @@ memory back when its last item is taken, and asks for it again: a tenth of a mic
 class _OwnLimit(TimeLimit):
     """A TimeLimit that is made for each call, and so without a dictionary."""
 
-    __slots__ = ("outer", "over", "step", "struck")
+    __slots__ = ("outer", "over", "step", "struck", "task")
+
+    task: asyncio.Task[Any] | None  # the one that is cut; None before Python 3.12, whose tasks may begin inside another
 
 
 def _new_limit(at: float, outer: float | None) -> _OwnLimit:
     limit = _OwnLimit(at)
     limit.outer = outer
     limit.over = limit.struck = False
+    limit.task = None if _current_task is None else _current_task()
     return limit
 
 
@@ -380,8 +394,44 @@ def _set_limit(at: float, outer: float | None) -> _OwnLimit:
     return limit
 
 
-_Borrowed = tuple[float, Deadline | None]
-"""When a limit is to strike that enforces one around it, as it runs in another task, once that one is over."""
+_current_task = asyncio.current_task if sys.version_info >= (3, 12) else None
+"""Asked where a task may begin inside another one, eagerly; not in 3.11, which has none such, and is slow to say."""
+
+
+class _Elsewhere:
+    cr_running = False
+
+
+class _BorrowedLimit(TimeLimit):
+    """A limit around the step that started this task, as it holds inside the task: as long as that step lasts.
+
+    It is enforced here, as who has set it cuts another task, and relied on by nobody. ``outer`` comes into its place;
+    ``later`` is what the step then has: the moment that is its own, and the deadline if it is to blame for that.
+    """
+
+    __slots__ = ("later", "lender", "outer")
+
+    step = _Elsewhere
+    later: tuple[float, Deadline | None]
+    lender: float
+
+    @property
+    def over(self) -> bool:  # type: ignore[override]
+        return getattr(self.lender, "over", False)
+
+
+def _borrow(outer: float, own: _OwnLimit, later: tuple[float, Deadline | None]) -> _BorrowedLimit:
+    """Set *outer* for a step that it does not cut, as it runs in another task; and those around it, if before *own*."""
+    lenders = [outer]
+    while (lender := limit_in_force(getattr(lenders[-1], "outer", None))) is not None and lender <= later[0]:
+        lenders.append(lender)
+    limit: Any = own
+    for lender in reversed(lenders):
+        behind, limit = limit, _BorrowedLimit(lender)
+        limit.lender, limit.outer, limit.later = lender, behind, later
+    _set_time_limit(limit)
+    borrowed: _BorrowedLimit = limit
+    return borrowed
 
 
 class _Alarms:
@@ -474,7 +524,7 @@ class _Driver:
         at: float,
         deadline: Deadline | None,
         limit: _OwnLimit,
-        borrowed: _Borrowed | None,
+        borrowed: _BorrowedLimit | None,
     ) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
@@ -498,7 +548,7 @@ class _Driver:
 
     def end(self) -> None:
         """Let go of everything: the step has ended, or was left behind."""
-        self.over = self._limit.over = True
+        self.over = True
         self._coroutine = self._stranded = None
         if self.fired:
             if self._grace is not None:
@@ -564,23 +614,16 @@ class _Driver:
 
     def has_moved(self) -> bool:
         """Look anew when to strike; say whether that is still to come."""
-        deadline = self.deadline
-        if self.borrowed is not None:
-            around = limit_in_force(self._limit.outer)
-            if around is not self._limit.outer:
+        borrowed, deadline = self.borrowed, self.deadline
+        if borrowed is not None:
+            if borrowed.over:
                 # The step that started this task has ended: its limit no longer holds here.
-                at, deadline = self.borrowed
-                limit = self._limit
-                if around is not None and around < at:
-                    at, deadline = float(around), None
+                limit = limit_in_force(borrowed)
+                if isinstance(limit, _BorrowedLimit):
+                    self.borrowed, self.at = limit, float(limit)
                 else:
                     self.borrowed = None
-                self.at, self.deadline = at, deadline
-                self._limit = _new_limit(at, around)
-                self._limit.step = limit.step
-                self._limit.over = self.over
-                limit.outer = self._limit  # for those inside, who have the old one
-                limit.over = True
+                    self.at, self.deadline = borrowed.later
         elif deadline is not None and deadline.at > self.at:
             # It was moved, as others wait for the same work, and longer.
             self.at = min(deadline.at, self._limit)
@@ -627,7 +670,10 @@ async def _go_on(coroutine: Any, stranded: Any, error: BaseException | None) -> 
     limit = TimeLimit(-math.inf)  # for what it still does: no more waits, no more retries, and no success for a breaker
     limit.struck = True
     time_limit.set(limit)
-    return await _resume(coroutine, stranded, error)
+    try:
+        return await _resume(coroutine, stranded, error)
+    finally:
+        limit.over = True
 
 
 @types.coroutine
