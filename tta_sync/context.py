@@ -396,6 +396,8 @@ def limit_in_force(limit: float | None) -> float | None:
 def cut_off(context: WorkflowContext) -> float | None:
     """Return the moment on ``context.clock`` at which this step will be cut: by deadline or time limit."""
     limit = limit_in_force(time_limit.get())
+    if limit == math.inf:  # of work that several wait for, none of whom is in a hurry
+        limit = None
     deadline = context.deadline
     if deadline is None:
         return limit

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from tta_sync.context import Deadline, WorkflowContext, cancel_reason, current_caller, cut_off, time_limit
-from tta_sync.exceptions import DeadlineExceededError
-from tta_sync.primitives import CircuitBreakerConfig, CircuitBreakerPrimitive, TimeoutPrimitive
+from tta_sync.exceptions import CircuitOpenError, DeadlineExceededError
+from tta_sync.primitives import CircuitBreakerConfig, CircuitBreakerPrimitive, RetryPrimitive, TimeoutPrimitive
 from tta_sync.primitives.performance import CachePrimitive
+from tta_sync.testing import FakeClock
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -235,8 +236,14 @@ def test_work_may_take_as_long_as_the_most_patient_waiter_would_wait(step: Any, 
         await asyncio.sleep(0)
         assert seen.deadline.remaining() == 9
         calls.append(start(cache, context=WorkflowContext(clock=clock)))
+        known = seen.deadline
         await asyncio.sleep(0)
-        assert seen.deadline.remaining() > 3600
+        assert seen.deadline is None
+        assert cut_off(seen) is None
+        assert known.remaining() > 3600  # for those who look at it already
+        calls.append(start(cache, context=WorkflowContext(clock=clock, deadline=Deadline.after(5, clock))))
+        await asyncio.sleep(0)
+        assert seen.deadline is None
         step.gate.set()
         await asyncio.gather(*calls)
         assert step.calls == 1
@@ -282,8 +289,26 @@ def test_step_sees_the_time_of_the_most_patient_when_the_first_caller_has_a_limi
         await asyncio.gather(hurried, patient)
 
     asyncio.run(main())
-    assert seen[0] is not None
-    assert seen[0] > clock.monotonic() + 3600
+    assert seen == [None]
+
+
+def test_retry_inside_does_not_wait_out_an_open_circuit_when_nobody_has_a_deadline() -> None:
+    """Nothing in the flight stands for a deadline that there is not: the circuit's minute is more than the back-off."""
+
+    async def fail(data: Any) -> None:
+        raise OSError("down")
+
+    clock = FakeClock()
+    breaker = CircuitBreakerPrimitive(fail, failure_threshold=1, recovery_timeout=3600.0)
+    cache = CachePrimitive(RetryPrimitive(breaker, max_retries=3), ttl=60)
+
+    async def main() -> None:
+        for _ in range(2):
+            with pytest.raises(CircuitOpenError):
+                await cache.execute(1, WorkflowContext(clock=clock))
+
+    asyncio.run(main())
+    assert clock.monotonic() < 600.0
 
 
 def test_breaker_inside_counts_a_failure_when_a_timeout_outside_cuts_the_only_call() -> None:

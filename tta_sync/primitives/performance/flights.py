@@ -75,6 +75,7 @@ class Flight:
         "tags",
         "task",
         "trace",
+        "unlimited",
         "value",
         "waiters",
     )
@@ -101,6 +102,7 @@ class Flight:
         self.context.deadline = None
         self.context.degraded = False
         self.limit = TimeLimit(math.inf)
+        self.unlimited = False  # one of those who wait would wait for ever
 
     @property
     def alive(self) -> bool:
@@ -109,15 +111,20 @@ class Flight:
 
     def extend(self, context: WorkflowContext) -> None:
         """Let the work take as long as the most patient waiter would wait."""
-        clock = context.clock
         cut = cut_off(context)
-        at = clock.monotonic() + _A_DAY if cut is None else cut
         deadline = self.context.deadline
-        if deadline is None:
+        if cut is None:
+            self.context.deadline = None
+            if deadline is not None:  # whoever inside goes by it already is not to be cut by it
+                deadline.at = context.clock.monotonic() + _A_DAY
+        elif self.unlimited:
+            pass
+        elif deadline is None:
             seconds = None if context.deadline is None else context.deadline.seconds
-            self.context.deadline = Deadline(at, seconds, self.context.clock)
-        elif at > deadline.at:
-            deadline.at = at
+            self.context.deadline = Deadline(cut, seconds, self.context.clock)
+        elif cut > deadline.at:
+            deadline.at = cut
+        self.unlimited = self.unlimited or cut is None
 
     def share_state(self, context: WorkflowContext, leads: bool) -> None:
         """Give a caller what the steps told each other: all of it to the one that leads, counts to the others."""
@@ -251,9 +258,11 @@ class Flights:
             if flight.waiters or flight.done or flight.background:
                 return False
             self._close(flight)
-        if reason is not None and flight.context.deadline is not None:  # a breaker inside wants to know
-            flight.limit.struck = reason == "timeout"
-            flight.context.deadline.struck = reason == "deadline"
+        if reason is not None:  # a breaker inside wants to know
+            deadline = flight.context.deadline
+            flight.limit.struck = reason == "timeout" or deadline is None
+            if deadline is not None:
+                deadline.struck = reason == "deadline"
         task = flight.task
         if task is None:
             return False
@@ -285,9 +294,10 @@ class Flights:
         timer = None
         if flight.background:
             current_caller.set(None)
-            assert flight.task is not None
+            task = asyncio.current_task()  # flight.task is not there yet where tasks begin eagerly
+            assert task is not None
             # The loop's own time: nobody's call is at stake, and a virtual clock would not wait for a real step.
-            timer = flight.loop.call_later(REFRESH_LIMIT, flight.task.cancel)
+            timer = flight.loop.call_later(REFRESH_LIMIT, task.cancel)
         try:
             value = await work(flight)
             with self._guard.lock:
