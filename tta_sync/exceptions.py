@@ -137,6 +137,12 @@ def not_called(error: _Late) -> _Late:
     return error
 
 
+def was_called(error: BaseException) -> None:
+    """Take back that *error* came before the call: not for what surrounds the step, which had called others by then."""
+    if getattr(error, "before_call", False):
+        error.before_call = False  # type: ignore[attr-defined]
+
+
 class CircuitOpenError(WorkflowError):
     """The circuit is open: the step was not called."""
 
@@ -296,10 +302,13 @@ def copy_error(error: BaseException) -> BaseException:
         return error
     if type(twin) is not type(error):
         return error
-    notes = getattr(error, "__notes__", None)
-    if notes is not None:
-        twin.__notes__ = list(notes)
-    twin.__cause__ = error.__cause__
-    twin.__context__ = error.__context__
-    twin.__suppress_context__ = error.__suppress_context__
+    try:
+        notes = getattr(error, "__notes__", None)
+        if notes is not None:
+            twin.__notes__ = list(notes)
+        twin.__cause__ = error.__cause__
+        twin.__context__ = error.__context__
+        twin.__suppress_context__ = error.__suppress_context__
+    except Exception:  # its own __setattr__ refuses
+        return error
     return twin.with_traceback(error.__traceback__)

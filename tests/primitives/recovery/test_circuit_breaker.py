@@ -44,6 +44,8 @@ from tta_sync.primitives.recovery import (
     CircuitBreakerPrimitive,
     CircuitState,
     FallbackPrimitive,
+    RetryPrimitive,
+    SagaPrimitive,
     TimeoutPrimitive,
 )
 from tta_sync.primitives.recovery.circuit_breaker import (
@@ -373,6 +375,66 @@ def test_limit_that_strikes_in_a_bulkheads_line_is_no_failure() -> None:
         assert all(isinstance(result, (StepTimeoutError, BulkheadFullError)) for result in results)
         assert bench.service.calls == 1
         assert (breaker.state, breaker.failure_count) == (CLOSED, 1)  # the one that was under way
+
+
+@pytest.mark.parametrize("shape", ["sequence", "retry", "saga"])
+def test_call_that_is_cut_in_a_later_steps_line_is_a_failure(shape: str) -> None:
+    """Steps had been called by then: it is not as if the breaker's own had not been."""
+    clock = FakeClock()
+    attempts = itertools.count()
+
+    async def fail_first(data: Any, context: WorkflowContext) -> Any:
+        if next(attempts) % 2 == 0:
+            raise OSError("down")
+        return await line.execute(data, context)
+
+    line = BulkheadPrimitive(lambda data, context: context.clock.sleep(100.0), 1, 5)
+    called = step(lambda data: data)
+    flow: Any = {
+        "sequence": called >> line,
+        "saga": SagaPrimitive([(called, None), (line, None)]),
+        "retry": RetryPrimitive(fail_first),
+    }[shape]
+    breaker = CircuitBreakerPrimitive(flow, failure_threshold=9)
+
+    async def main() -> None:
+        context = WorkflowContext(clock=clock)
+        busy = asyncio.create_task(line.execute(0, context))
+        await asyncio.sleep(0)
+        for count in range(1, 4):
+            with pytest.raises(StepTimeoutError):
+                await TimeoutPrimitive(breaker, 5.0).execute(1, context)
+            assert breaker.failure_count == count
+        busy.cancel()
+        await asyncio.wait([busy])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("struck", ["limit", "deadline"])
+def test_call_that_begins_after_the_cut_is_judged_by_its_own_end(struck: str) -> None:
+    """A clean-up through a breaker succeeds: that the work around it was cut is no failure of what it calls."""
+    release = CircuitBreakerPrimitive(step(lambda data: "released"), failure_threshold=2)
+    failing = CircuitBreakerPrimitive(step(lambda data: 1 / 0), failure_threshold=9)
+    waiting = CircuitBreakerPrimitive(step(lambda data: asyncio.sleep(0)), failure_threshold=2)
+    clock = FakeClock()
+
+    async def work(data: Any, context: WorkflowContext) -> None:
+        try:
+            await context.clock.sleep(100.0)
+        finally:
+            await release.execute(data, context)
+            await waiting.execute(data, context)
+            with pytest.raises(ZeroDivisionError):
+                await failing.execute(data, context)
+
+    for count in range(1, 5):
+        context = WorkflowContext(clock=clock)
+        if struck == "deadline":
+            context.deadline = Deadline.after(2.0, clock)
+        with pytest.raises(TimeoutError):
+            asyncio.run(TimeoutPrimitive(work, 5.0).execute(1, context))
+        assert (release.failure_count, waiting.failure_count, failing.failure_count) == (0, 0, count)
 
 
 @pytest.mark.parametrize("struck", ["cancelled", "woken"])

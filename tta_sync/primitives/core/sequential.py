@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tta_sync.context import WorkflowContext
 from tta_sync.events import bus
-from tta_sync.exceptions import ConfigurationError
+from tta_sync.exceptions import ConfigurationError, was_called
 from tta_sync.primitives.core.base import (
     MISS,
     In,
@@ -141,10 +141,10 @@ class SequentialPrimitive(WorkflowPrimitive[In, Out]):
             for run in runs:
                 data = await run(data, context)
                 position += 1
-        except Exception as error:
-            if position and getattr(error, "before_call", False):
-                error.before_call = False  # type: ignore[attr-defined]  # of this step; but others were called
-            if self._named:
+        except BaseException as error:
+            if position:
+                was_called(error)
+            if self._named and isinstance(error, Exception):
                 note(error, f"in step {position + 1} of {len(self._named)}: {shown(self._named[position])}")
             raise
         return data

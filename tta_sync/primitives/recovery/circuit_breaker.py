@@ -481,19 +481,26 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         if self._state is not CLOSED or self._asks_first:
             began = context.clock.monotonic()
             generation, lease = self._admit(began, context)
+        # What begins when its time is up already, as a clean-up does, is not cut by that.
+        late = (_limit_around() is not None or context.deadline is not None) and cancel_reason(context) is not None
         inner = self._inner  # a local: called on self, it would first be looked for in the class
         try:
             result = await inner(data, context)
         except BaseException as error:
             cut = (
                 isinstance(error, asyncio.CancelledError)
+                and not late
                 and not _was_before_call(error)
                 and cancel_reason(context) is not None
             )
             self._ended(error, cut, generation, lease, began, context)
             raise
         # A step that swallowed its cancellation at a limit and returned something later on has failed all the same.
-        cut = (_limit_around() is not None or context.deadline is not None) and cancel_reason(context) is not None
+        cut = (
+            (_limit_around() is not None or context.deadline is not None)
+            and not late
+            and cancel_reason(context) is not None
+        )
         if cut or lease is not None:
             self._ended(None, cut, generation, lease, began, context)
         elif not self._quiet:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tta_sync import events
 from tta_sync.context import Deadline, WorkflowContext, time_limit
-from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError
+from tta_sync.exceptions import ConfigurationError, SagaError, WorkflowError, was_called
 from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primitive, note, shown
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_number
@@ -104,6 +104,8 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
             raise  # the coroutine was closed: nothing can be awaited here any more
         except BaseException as error:
             failure = error
+            if len(inputs) > 1:
+                was_called(error)
         else:
             result: Out = value
             return result

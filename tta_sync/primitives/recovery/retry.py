@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import random
@@ -23,6 +24,7 @@ from tta_sync.exceptions import (
     NoRouteError,
     RateLimitedError,
     SagaError,
+    was_called,
 )
 from tta_sync.primitives.core.base import (
     MISS,
@@ -460,6 +462,12 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                         result = await self._inner(data, context)
                     except Exception as failure:
                         error = failure
+                    except BaseException as cut:
+                        if attempt > 1:
+                            was_called(cut)
+                        raise
+                    if error is not None and attempt > 1:
+                        was_called(error)
                 refused = False
                 if error is None:
                     if not self._judges_results:
@@ -481,7 +489,8 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
                     verdict = await self._judge(error, refused, attempt, state, context)
                 except Exception as broken:  # a predicate, stop or wait of the user's: its error comes out
                     if broken is not error and broken.__context__ is None:
-                        broken.__context__ = error  # and the one that it was asked about is told with it
+                        with contextlib.suppress(Exception):  # it may refuse to be changed
+                            broken.__context__ = error  # and the one that it was asked about is told with it
                     raise
                 if verdict.reason:
                     self._give_up(error, attempt, history, verdict, context)
