@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
+import tenacity
 
 from tta_sync.context import WorkflowContext, current_context, current_pool, running_context
 from tta_sync.exceptions import ConfigurationError, NoCallerError
@@ -30,6 +32,8 @@ from tta_sync.primitives.core.base import (
     thread_step,
 )
 from tta_sync.primitives.core.sequential import SequentialPrimitive
+from tta_sync.primitives.performance import CachePrimitive
+from tta_sync.primitives.recovery import FallbackPrimitive, RetryPrimitive, SagaPrimitive
 
 
 class Echo(WorkflowPrimitive[Any, Any]):
@@ -196,6 +200,70 @@ def test_subclass_of_a_built_in_primitive_wraps_it_by_super() -> None:
     inner = Logged([step(lambda data: data + "a")])
     assert asyncio.run(inner.execute("x")) == "<xa>"
     assert asyncio.run((step(str) >> inner >> step(str)).execute("x")) == "<xa>"
+
+
+class Descriptors:
+    class Dispatching(WorkflowPrimitive[Any, Any]):
+        @functools.singledispatchmethod
+        async def execute(self, data: Any, context: WorkflowContext) -> Any:
+            return "any"
+
+        @execute.register
+        async def _(self, data: int, context: WorkflowContext) -> Any:
+            return "int"
+
+    class OfTheClass(WorkflowPrimitive[Any, Any]):
+        @classmethod
+        async def execute(cls, data: Any, context: WorkflowContext) -> Any:  # type: ignore[override]
+            return cls.__name__
+
+    class Static(WorkflowPrimitive[Any, Any]):
+        @staticmethod
+        async def execute(data: Any, context: WorkflowContext) -> Any:  # type: ignore[override]
+            return f"static {data}"
+
+    class Partial(WorkflowPrimitive[Any, Any]):
+        async def add(self, text: str, data: Any, context: WorkflowContext) -> Any:
+            return f"{text} {data}"
+
+        execute = functools.partialmethod(add, "partial")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (Descriptors.Dispatching, "int"),
+        (Descriptors.OfTheClass, "OfTheClass"),
+        (Descriptors.Static, "static 3"),
+        (Descriptors.Partial, "partial 3"),
+    ],
+)
+def test_execute_may_be_any_kind_of_method(kind: Any, answer: str) -> None:
+    assert asyncio.run(kind().execute(3)) == answer
+    assert asyncio.run((step(int) >> kind()).execute("3")) == answer
+
+
+def test_step_is_called_as_its_wrapper_is_written() -> None:
+    """A decorator that gives the function something of its own changes how it is called; one that passes on: no."""
+
+    def injecting(function: Any) -> Any:
+        @functools.wraps(function)
+        def inner(data: Any) -> Any:
+            return function("database", data)
+
+        return inner
+
+    def passing_on(function: Any) -> Any:
+        @functools.wraps(function)
+        def inner(*args: Any, **keywords: Any) -> Any:
+            return function(*args, **keywords)
+
+        return inner
+
+    assert asyncio.run(step(injecting(lambda database, data: (database, data))).execute(1)) == ("database", 1)
+    assert asyncio.run(step(passing_on(lambda data: data)).execute(1)) == 1
+    context = WorkflowContext()
+    assert asyncio.run(step(passing_on(lambda data, context: context)).execute(1, context)) is context
 
 
 def test_subclass_of_a_subclass_that_takes_the_context_first_calls_super() -> None:
@@ -491,3 +559,39 @@ def test_note_is_added_once_and_bounded() -> None:
         note(error, f"note {number} " + "x" * 1000)
     assert len(error.__notes__) == 20
     assert max(map(len, error.__notes__)) <= 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+def refuse(state: Any) -> bool:
+    raise Frozen(503)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda failing: step(str) >> failing,
+        lambda failing: failing | step(str),
+        lambda failing: RetryPrimitive(failing, wait=tenacity.wait_none()),
+        lambda failing: RetryPrimitive(failing, retry=refuse),
+        lambda failing: FallbackPrimitive(failing, failing),
+        lambda failing: SagaPrimitive([(failing, None)]),
+        lambda failing: CachePrimitive(failing),
+    ],
+)
+def test_error_comes_through_as_itself_when_it_cannot_be_changed(around: Any) -> None:
+    """A frozen dataclass takes no notes, no context and no cause: nobody may fail over that."""
+
+    async def fail(data: Any) -> None:
+        await asyncio.sleep(0)
+        raise Frozen(503)
+
+    flow = around(step(fail))
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(flow.execute(1, WorkflowContext()) for _ in range(2)), return_exceptions=True)
+
+    assert asyncio.run(main()) == [Frozen(503)] * 2

@@ -146,6 +146,19 @@ def test_step_without_python_code_is_named_without_a_line(
     assert "it stands at an unknown place" in caplog.text
 
 
+@pytest.mark.parametrize("managed", [True, False])
+def test_thread_step_fails_when_it_raises_stop_iteration(facade: SyncFacade, managed: bool) -> None:
+    """A future refuses that error, so whoever waits for it would wait for ever: ``next()`` of nothing is enough."""
+    nothing = thread_step(lambda data: next(iter(())))
+
+    async def main() -> Any:
+        return await asyncio.wait_for(nothing.execute(1, WorkflowContext()), 30.0)
+
+    with pytest.raises(RuntimeError, match="a thread step raised StopIteration") as caught:
+        facade.call_sync(main) if managed else asyncio.run(main())
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 def test_step_on_a_thread_that_cannot_be_found_is_named_with_its_first_line(
     gate: Gate, facade: SyncFacade, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ Defining either in a subclass gives the other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import importlib
@@ -173,7 +174,12 @@ def _run_of(name: str, written: Any) -> Run:
                 f"{name}.execute({', '.join(signature.parameters)}) cannot be called with data and context: "
                 "write `async def execute(self, data, context)`"
             ) from None
-    if context_first(written):
+    if not isinstance(written, types.FunctionType) and hasattr(type(written), "__get__"):
+
+        def run(self: Any, data: Any, context: WorkflowContext) -> Any:  # a classmethod, a singledispatchmethod ...
+            return written.__get__(self, type(self))(data, context)
+
+    elif context_first(written):
 
         def run(self: Any, data: Any, context: WorkflowContext) -> Any:
             return written(self, context, data)
@@ -521,7 +527,9 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
         ConfigurationError: it can be called in none of these ways.
     """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
+        if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+            signature = inspect.signature(function)  # a wrapper that passes on what it gets: what it wraps decides
     except (TypeError, ValueError):  # some builtins have no signature
         return function, False
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -650,7 +658,7 @@ class ThreadPrimitive(CallerPrimitive[In, Out]):
 
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         # The queue has been told of a cancellation by the time that it arrives here: what has not begun never will.
-        errand = Errand(step_name(self), self._call, getattr(self.func, "__code__", None))
+        errand = Errand(step_name(self), self._call_in_thread, getattr(self.func, "__code__", None))
         pool = current_pool.get()
         try:
             if pool is not None:
@@ -661,6 +669,12 @@ class ThreadPrimitive(CallerPrimitive[In, Out]):
         except asyncio.CancelledError:
             errand.abandon()
             raise
+
+    def _call_in_thread(self, data: In, context: WorkflowContext) -> Any:
+        try:
+            return self._call(data, context)
+        except StopIteration as error:  # a future refuses it, and whoever waits would wait for ever
+            raise RuntimeError("a thread step raised StopIteration") from error
 
 
 def _decorator(kind: type[LambdaPrimitive[Any, Any]], may_be_async: bool) -> Callable[..., Any]:
@@ -762,8 +776,12 @@ async def _tell(step: WorkflowPrimitive[Any, Any], data: Any, context: WorkflowC
 
 
 def note(error: BaseException, text: str) -> None:
-    """Add *text* to the error's notes, once: an error object that is raised again and again must not grow."""
+    """Add *text* to the error's notes, once: an error object that is raised again and again must not grow.
+
+    One that takes no notes, as a frozen dataclass, comes through without.
+    """
     text = text if len(text) <= 300 else text[:299] + "…"
-    notes = getattr(error, "__notes__", None)
-    if notes is None or (text not in notes and len(notes) < 20):
-        error.add_note(text)
+    with contextlib.suppress(Exception):  # whatever the user's own __setattr__ raises
+        notes = getattr(error, "__notes__", None)
+        if notes is None or (text not in notes and len(notes) < 20):
+            error.add_note(text)
