@@ -8,7 +8,8 @@ import os
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from tta_sync.context import Deadline, WorkflowContext, cancel_reason, current_caller, cut_off, time_limit
 from tta_sync.exceptions import CircuitOpenError, DeadlineExceededError
 from tta_sync.primitives import CircuitBreakerConfig, CircuitBreakerPrimitive, RetryPrimitive, TimeoutPrimitive
-from tta_sync.primitives.performance import CachePrimitive
+from tta_sync.primitives.performance import CachePrimitive, flights
 from tta_sync.testing import FakeClock
 
 
@@ -309,6 +310,82 @@ def test_retry_inside_does_not_wait_out_an_open_circuit_when_nobody_has_a_deadli
 
     asyncio.run(main())
     assert clock.monotonic() < 600.0
+
+
+class OtherLoop:
+    """A loop of another thread that runs for one call at a time, as code from before asyncio.run does it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._loop = asyncio.new_event_loop()
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        return self._thread.submit(lambda: self._loop.run_until_complete(call())).result(30)
+
+    def end(self) -> None:
+        async def rest() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        self.run(rest)
+        self._thread.submit(self._loop.close).result(30)
+        self._thread.shutdown()
+
+
+@pytest.fixture
+def other_loop() -> Iterator[OtherLoop]:
+    loop = OtherLoop()
+    yield loop
+    loop.end()
+
+
+def test_others_compute_when_the_loop_of_a_refresh_stands_still(step: Any, clock: Any, other_loop: OtherLoop) -> None:
+    """It was begun on a loop that has had no call since: nobody else may wait for that."""
+    cache = CachePrimitive(step, ttl=100, soft_ttl=10, jitter=0)
+
+    async def call() -> Any:
+        return await cache.execute(1, WorkflowContext(clock=clock))
+
+    other_loop.run(call)
+    clock.jump(20)
+    step.gate = asyncio.Event()
+    other_loop.run(call)  # stale; its refresh has begun, and waits
+    clock.jump(100)
+    step.gate = None
+    assert asyncio.run(asyncio.wait_for(call(), 30.0)) == {"for": 1}
+
+
+def test_those_who_wait_compute_when_the_loop_of_a_flight_stands_still(
+    step: Any, other_loop: OtherLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its leader has gone, and with it whoever turned that loop."""
+    monkeypatch.setattr(flights, "PATIENCE", 0.02)
+    cache = CachePrimitive(step, ttl=60)
+    boarded = threading.Event()
+
+    async def lead() -> None:
+        step.gate = asyncio.Event()
+        leader = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
+        await step.started.wait()
+        step.gate = None
+        await asyncio.get_running_loop().run_in_executor(None, boarded.wait, 30)
+        leader.cancel()  # somebody else waits: the flight goes on, as long as this loop runs
+        await asyncio.wait([leader])
+
+    async def follow() -> Any:
+        call = start(cache)
+        while not cache.flights._open or len(next(iter(cache.flights._open.values())).waiters) < 2:
+            await asyncio.sleep(0.001)
+        boarded.set()
+        return await asyncio.wait_for(call, 30.0)
+
+    led = threading.Thread(target=other_loop.run, args=(lead,))
+    led.start()
+    assert asyncio.run(follow()) == {"for": 1}
+    led.join()
+    assert step.calls == 2
 
 
 def test_breaker_inside_counts_a_failure_when_a_timeout_outside_cuts_the_only_call() -> None:

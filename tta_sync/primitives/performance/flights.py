@@ -30,6 +30,7 @@ from tta_sync.primitives.performance import snapshots
 from tta_sync.primitives.performance.stores import Guard
 
 REFRESH_LIMIT = 30.0  # seconds that a computation in the background may take
+PATIENCE = 1.0  # seconds after which those who wait for another loop look whether it runs
 _A_DAY = 86_400.0  # stands for "no deadline" where one has to be a number that every timer can take
 
 
@@ -106,8 +107,12 @@ class Flight:
 
     @property
     def alive(self) -> bool:
-        """False once nothing will ever end this flight: its process forked away from it, or its loop was closed."""
-        return self.generation == _forks.generation and not self.loop.is_closed()
+        """Say whether somebody flies this: not if its process forked away from it, or its loop stands still.
+
+        Loops of other threads may run for one call at a time: what is left on them goes on with the next one, which
+        may never come.
+        """
+        return self.generation == _forks.generation and self.loop.is_running()
 
     def extend(self, context: WorkflowContext) -> None:
         """Let the work take as long as the most patient waiter would wait."""
@@ -168,7 +173,8 @@ class Flights:
             try:
                 if leads:
                     self._launch(flight, name, work)
-                await self._wait(flight, waiter, context)
+                if not await self._wait(flight, waiter, context):
+                    continue
                 flight.share_state(context, leads)
                 error = flight.error
                 if error is None:
@@ -232,11 +238,13 @@ class Flights:
             # Not under the lock, where nothing may run that could come back here.
             fresh = Flight(key, context, tags, background=False)
 
-    async def _wait(self, flight: Flight, waiter: Waiter, context: WorkflowContext) -> None:
+    async def _wait(self, flight: Flight, waiter: Waiter, context: WorkflowContext) -> bool:
+        """Wait until the flight has landed. False: nobody flies it any more."""
         deadline = context.deadline
         timer = None if deadline is None else context.clock.call_at(deadline.at, _wake, waiter, False)
+        landed: bool | None
         try:
-            landed = await waiter
+            landed = await (waiter if flight.loop is asyncio.get_running_loop() else _elsewhere(flight, waiter))
         except asyncio.CancelledError:
             if self._leave(flight, waiter, cancel_reason(context)):
                 # As if the step had been awaited directly: its clean-up is over before the cancellation comes out.
@@ -246,10 +254,14 @@ class Flights:
         finally:
             if timer is not None:
                 timer.cancel()
+        if landed is None:
+            self._leave(flight, waiter, None)
+            return False
         if not landed:
             assert deadline is not None
             self._leave(flight, waiter, "deadline")
             deadline.raise_exceeded()
+        return True
 
     def _leave(self, flight: Flight, waiter: Waiter, reason: str | None) -> bool:
         """Stop waiting; cancel the flight if nobody else waits. True if its end can be awaited on this loop."""
@@ -355,6 +367,14 @@ class Flights:
         for flight in self._all:
             flight.revoked = True
         self._open.clear()
+
+
+async def _elsewhere(flight: Flight, waiter: Waiter) -> bool | None:
+    """Wait for a flight on another thread's loop; None once that stands still."""
+    while not (await asyncio.wait((waiter,), timeout=PATIENCE))[0]:
+        if not flight.alive:
+            return None
+    return waiter.result()
 
 
 def _wake(waiter: Waiter, landed: bool) -> None:
