@@ -363,26 +363,28 @@ def test_those_who_wait_compute_when_the_loop_of_a_flight_stands_still(
     """Its leader has gone, and with it whoever turned that loop."""
     monkeypatch.setattr(flights, "PATIENCE", 0.02)
     cache = CachePrimitive(step, ttl=60)
-    boarded = threading.Event()
+    flying, boarded = threading.Event(), threading.Event()
 
     async def lead() -> None:
         step.gate = asyncio.Event()
         leader = asyncio.ensure_future(cache.execute(1, WorkflowContext()))
         await step.started.wait()
         step.gate = None
+        flying.set()
         await asyncio.get_running_loop().run_in_executor(None, boarded.wait, 30)
         leader.cancel()  # somebody else waits: the flight goes on, as long as this loop runs
         await asyncio.wait([leader])
 
     async def follow() -> Any:
         call = start(cache)
-        while not cache.flights._open or len(next(iter(cache.flights._open.values())).waiters) < 2:
-            await asyncio.sleep(0.001)
+        (flight,) = cache.flights._open.values()
+        await until(lambda: len(flight.waiters) == 2)
         boarded.set()
         return await asyncio.wait_for(call, 30.0)
 
     led = threading.Thread(target=other_loop.run, args=(lead,))
     led.start()
+    assert flying.wait(30)
     assert asyncio.run(follow()) == {"for": 1}
     led.join()
     assert step.calls == 2
