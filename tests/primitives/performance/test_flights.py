@@ -235,7 +235,7 @@ def test_work_may_take_as_long_as_the_most_patient_waiter_would_wait(step: Any, 
         calls.append(start(cache, context=WorkflowContext(clock=clock, deadline=Deadline.after(9, clock))))
         calls.append(start(cache, context=WorkflowContext(clock=clock, deadline=Deadline.after(7, clock))))
         await asyncio.sleep(0)
-        assert seen.deadline.remaining() == 9
+        assert seen.deadline.remaining() == seen.deadline.seconds == 9
         calls.append(start(cache, context=WorkflowContext(clock=clock)))
         known = seen.deadline
         await asyncio.sleep(0)
@@ -310,6 +310,36 @@ def test_retry_inside_does_not_wait_out_an_open_circuit_when_nobody_has_a_deadli
 
     asyncio.run(main())
     assert clock.monotonic() < 600.0
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_limit_that_is_over_does_not_bind_the_work_of_a_task_that_outlives_it(joined: bool) -> None:
+    """A task waits that a step has started and left running: the time it has is no longer what that step had."""
+    clock = FakeClock()
+    tasks: list[asyncio.Task[Any]] = []
+    seen: list[float | None] = []
+
+    async def slow(data: Any, context: WorkflowContext) -> str:
+        await context.clock.sleep(3.0)
+        seen.append(cut_off(context))
+        return "done"
+
+    cache = CachePrimitive(TimeoutPrimitive(slow, 9.0), ttl=60)
+
+    async def spawn(data: Any, context: WorkflowContext) -> None:
+        tasks.append(asyncio.create_task(cache.execute(data, context)))
+        await context.clock.sleep(0.5)
+
+    async def main() -> None:
+        if joined:  # behind one that has less time
+            tasks.append(start(TimeoutPrimitive(cache, 0.4), context=WorkflowContext(clock=clock)))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+        await TimeoutPrimitive(spawn, 1.0).execute(1, WorkflowContext(clock=clock))
+        assert await tasks[-1] == "done"
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert seen == [9.0]
 
 
 class OtherLoop:

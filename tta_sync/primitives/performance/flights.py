@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from types import TracebackType
 from typing import Any
 
+from tta_sync.clock import Clock
 from tta_sync.context import (
     Deadline,
     TimeLimit,
@@ -22,6 +23,7 @@ from tta_sync.context import (
     cancel_reason,
     current_caller,
     cut_off,
+    limit_in_force,
     running_context,
     time_limit,
 )
@@ -52,6 +54,44 @@ os.register_at_fork(after_in_child=_in_child)
 
 Waiter = asyncio.Future[bool]
 """True: the flight has landed; False: the waiter's own deadline has passed."""
+
+
+class _Until(Deadline):
+    """When the most patient of those who wait will be cut: by the limit around it while that holds, or by a deadline.
+
+    It is asked anew: one who waits in a task that outlives the step which started it is cut later than it seemed.
+    """
+
+    __slots__ = ("_at", "_deadline", "_limit")
+
+    def __init__(self, limit: float | None, deadline: Deadline | None, clock: Clock) -> None:
+        super().__init__(0.0, None if deadline is None else deadline.seconds, clock)
+        self._limit = limit
+        self._deadline = deadline
+        self._reckon()
+
+    def _reckon(self) -> None:
+        limit, deadline = limit_in_force(self._limit), self._deadline
+        self._limit = limit
+        if limit is not None and limit != math.inf and (deadline is None or limit < deadline.at):
+            self._at = float(limit)
+        else:
+            self._at = self.clock.monotonic() + _A_DAY if deadline is None else deadline.at
+
+    def become(self, other: _Until) -> None:
+        """Take another's place, for all who have this one."""
+        self._limit, self._deadline, self._at = other._limit, other._deadline, other._at
+        self.seconds = other.seconds
+
+    @property
+    def at(self) -> float:
+        if getattr(self._limit, "over", False):
+            self._reckon()
+        return self._at
+
+    @at.setter
+    def at(self, at: float) -> None:
+        self._limit, self._at = None, at
 
 
 class Flight:
@@ -116,20 +156,22 @@ class Flight:
 
     def extend(self, context: WorkflowContext) -> None:
         """Let the work take as long as the most patient waiter would wait."""
-        cut = cut_off(context)
-        deadline = self.context.deadline
-        if cut is None:
+        until = self.context.deadline
+        if cut_off(context) is None:
             self.context.deadline = None
-            if deadline is not None:  # whoever inside goes by it already is not to be cut by it
-                deadline.at = context.clock.monotonic() + _A_DAY
-        elif self.unlimited:
-            pass
-        elif deadline is None:
-            seconds = None if context.deadline is None else context.deadline.seconds
-            self.context.deadline = Deadline(cut, seconds, self.context.clock)
-        elif cut > deadline.at:
-            deadline.at = cut
-        self.unlimited = self.unlimited or cut is None
+            if until is not None:  # whoever inside goes by it already is not to be cut by it
+                until.at = context.clock.monotonic() + _A_DAY
+            self.unlimited = True
+        elif not self.unlimited:
+            own = _Until(time_limit.get(), context.deadline, self.context.clock)
+            if until is None:
+                self.context.deadline = own
+            elif own.at <= until.at:
+                pass
+            elif isinstance(until, _Until):
+                until.become(own)
+            else:
+                until.at = own.at
 
     def share_state(self, context: WorkflowContext, leads: bool) -> None:
         """Give a caller what the steps told each other: all of it to the one that leads, counts to the others."""
