@@ -13,7 +13,12 @@ from tta_sync import SyncFacade, events
 from tta_sync.context import Deadline, WorkflowContext, cut_off
 from tta_sync.exceptions import DeadlineExceededError, StepTimeoutError
 from tta_sync.primitives.core.base import WorkflowPrimitive, step
-from tta_sync.primitives.recovery import CircuitBreakerPrimitive, RetryPrimitive, TimeoutPrimitive
+from tta_sync.primitives.recovery import (
+    BulkheadPrimitive,
+    CircuitBreakerPrimitive,
+    RetryPrimitive,
+    TimeoutPrimitive,
+)
 from tta_sync.testing import FakeClock
 
 Main = Callable[[WorkflowContext], Any]
@@ -229,6 +234,21 @@ def test_task_that_an_orphan_starts_is_free_when_the_orphan_has_ended() -> None:
         return await begun[0]
 
     assert run(main) == "worked"
+
+
+@pytest.mark.parametrize("max_wait", [None, 10.0])
+def test_task_waits_in_a_line_past_the_limit_of_a_step_that_has_ended(tasks: Tasks, max_wait: float | None) -> None:
+    line = BulkheadPrimitive(tasks.work(2), 1, max_queue=5, max_wait=max_wait)
+
+    async def main(context: WorkflowContext) -> Any:
+        before = [asyncio.create_task(line.execute("x", context)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await TimeoutPrimitive(tasks.starting(line, 0.5), 1.0).execute("x", context)
+        assert await tasks.outcome() == "worked"
+        await asyncio.gather(*before)
+
+    run(main)
+    assert len(tasks.ended) == 3
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="3.11 has no eager tasks")

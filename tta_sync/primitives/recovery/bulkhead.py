@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from typing import Any
@@ -120,10 +121,8 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
             BulkheadFullError, DeadlineExceededError: there is none in time.
         """
         clock = context.clock
-        end = cut_off(context)
-        if self.max_wait is not None:
-            latest = clock.monotonic() + self.max_wait
-            end = latest if end is None else min(end, latest)
+        latest = math.inf if self.max_wait is None else clock.monotonic() + self.max_wait
+        end = _earlier(cut_off(context), latest)
         with self._lock:
             if self._in_use < self.max_concurrent:  # given back in the meantime
                 self._in_use += 1
@@ -136,6 +135,8 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
             raise self._full(context)
         try:
             await place.wait(clock, end)
+            while not place.called and end != (end := _earlier(cut_off(context), latest)):
+                await place.wait(clock, end)  # the limit of a step that had started this task, and has ended
         except BaseException as error:
             if self._abandon(place):
                 self._leave()  # called and cancelled in the same moment: the permit goes on to the next
@@ -167,3 +168,9 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
         if self.max_queue or self._in_use < self.max_concurrent:
             return MISS
         raise self._full(context)
+
+
+def _earlier(end: float | None, latest: float) -> float | None:
+    if latest == math.inf:
+        return end
+    return latest if end is None else min(end, latest)

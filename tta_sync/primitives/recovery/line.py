@@ -22,7 +22,9 @@ class Place:
         self.called = False
 
     async def wait(self, clock: Clock, end: float | None) -> None:
-        """Wait until called, or until the moment *end* on *clock*: ``called`` tells which."""
+        """Wait until called, or until the moment *end* on *clock*: ``called`` tells which. Again, if it is put off."""
+        if self._future.done() and not self.called:
+            self._future = self.loop.create_future()
         if end is None:
             await self._future
             return
