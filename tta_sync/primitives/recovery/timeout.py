@@ -152,10 +152,9 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 limit = _new_limit(now + self.timeout_seconds, outer)
                 borrowed = _borrow(outer, limit, (at, deadline))
                 at, deadline = float(outer), None
-        if limit is not None:
-            pass
-        elif deadline is None:
-            limit = _set_limit(at, outer)
+        if deadline is None:
+            if limit is None:
+                limit = _set_limit(at, outer)
         elif deadline.kept:
             caller: Any = _waiting_caller()
             if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
