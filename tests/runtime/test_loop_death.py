@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import os
+import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -296,8 +298,15 @@ def test_caller_hears_when_an_exception_strikes_the_last_moment_of_its_call(
     works(facade)
 
 
-def test_caller_hears_when_an_exception_took_the_next_step_of_its_task(facade, options, looks_often, works):
-    """Thrown into the loop thread as asyncio takes a step from its queue: the caller gets the named error."""
+@pytest.mark.parametrize("struck_too", ["nothing", "_recover", "_drain", "_queued_steps"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_caller_hears_when_an_exception_took_the_next_step_of_its_task(
+    facade, options, callers_drive, looks_often, works, monkeypatch, struck_too
+):
+    """Thrown into the loop thread as asyncio takes a step from its queue: the caller gets the named error.
+
+    Even if the search for it is struck as well.
+    """
     if options.get("use_uvloop"):
         pytest.skip("uvloop takes steps from its queue in C, where no exception can be thrown in between")
 
@@ -308,14 +317,69 @@ def test_caller_hears_when_an_exception_took_the_next_step_of_its_task(facade, o
                 loop._ready[index] = asyncio.Handle(int, (), loop)
 
     async def victim():
+        if struck_too != "nothing":
+            strike_once(facade._loop, struck_too)
         asyncio.get_running_loop().call_soon(steal, asyncio.current_task())
         await asyncio.sleep(0)
 
+    def strike_once(managed, name):
+        real, strikes = getattr(managed, name), [1]
+
+        def method(*args):
+            searching = name == "_recover" or sys._getframe(1).f_code.co_name == "_recover"
+            if searching and strikes and strikes.pop():
+                raise Struck
+            return real(*args)
+
+        monkeypatch.setattr(managed, name, method)
+
     begun = time.monotonic()
-    with pytest.raises(LoopUnavailableError, match="thrown into the loop thread"):
+    with pytest.raises((LoopUnavailableError, Struck)) as caught:
         facade.call_sync(victim)
     assert time.monotonic() - begun < HEARD_WITHIN
+    if caught.type is Struck:
+        assert callers_drive  # it struck the caller's own thread
+    else:
+        assert "thrown into the loop thread" in str(caught.value)
     works(facade)
+
+
+def test_loop_is_asked_once_when_many_callers_look_while_it_is_blocked(facade, in_thread, eventually, monkeypatch):
+    """What callers in doubt give a blocked loop to do does not grow with their number, nor with the time."""
+    monkeypatch.setattr(loop_module, "LOOK_AGAIN", 1000.0)
+    blocked, release, looks, asked = threading.Event(), threading.Event(), Counter(), []
+
+    async def block():
+        blocked.set()
+        assert release.wait(20)
+
+    async def answer(number):
+        return number
+
+    blocking = in_thread(facade.call_sync, block)
+    assert blocked.wait(20)
+    managed = facade._loop
+    look, post = managed.look, managed.post
+
+    def counted_look(call):
+        wait = look(call)
+        looks[call] += 1
+        return wait
+
+    def counted_post(callback, *args):
+        if callback.__name__ == "_recover":
+            asked.append(args)
+        post(callback, *args)
+
+    monkeypatch.setattr(managed, "look", counted_look)
+    monkeypatch.setattr(managed, "post", counted_post)
+    calls = [in_thread(facade.call_sync, answer, number) for number in range(20)]
+    eventually(lambda: sum(count >= 3 for count in looks.copy().values()) >= 20, what="three looks of every caller")
+    asked_while_blocked = len(asked)
+    release.set()
+    assert asked_while_blocked <= 1
+    assert [call.result(20) for call in calls] == list(range(20))
+    blocking.result(20)
 
 
 # ------------------------------------------------------------------------------------------- a loop beyond repair

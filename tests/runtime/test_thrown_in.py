@@ -274,7 +274,7 @@ def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, work
         nobodys = SimpleNamespace(_fut_waiter=None)
         for _ in range(20_000):  # it takes longer to look through than a thread may run on
             managed.loop.call_soon(int)
-        return all(managed._has_lost_its_step(nobodys) for _ in range(20))
+        return all(managed._has_lost_its_step(nobodys, managed._queued_steps()) for _ in range(20))
 
     stop = []
 

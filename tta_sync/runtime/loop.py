@@ -6,6 +6,8 @@ Life cycle: made by the facade at the first call of a process, dead when its thr
 * ``_queue``, ``calls``, ``orphans``: any thread; the deque, dict and set operations used on them are atomic.
 * ``_armed``: True from the moment a caller rings the bell until the loop has emptied the queue; both sides write it,
   and a lost update costs one superfluous ring or one first wait of 20 ms, never a call.
+* ``_unsure``: the calls that the loop is to look for, added by their callers, taken as a whole by the loop thread.
+* ``_asked_at``: since when it has been asked to; written by both sides, and a lost update costs one superfluous look.
 * ``resources`` and everything inside coroutines: the loop thread only.
 * ``dead``, ``stopping``: written once.
 """
@@ -16,6 +18,7 @@ import asyncio
 import contextvars
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -107,6 +110,8 @@ class ManagedLoop:
         self.ident = 0
         self._queue: deque[Call] = deque()
         self._armed = False
+        self._unsure: set[Call] = set()
+        self._asked_at = -math.inf  # unless the loop is asked just now
         self._local = self._new_local()
         self.pool = DaemonPool(pool_size, "tta_sync-pool", self._spawn)
         self.resources = OpenResources()
@@ -511,7 +516,7 @@ class ManagedLoop:
         task: Any = call.task
         if not call.began or (task is not None and (task.done() or task._fut_waiter is None)):
             self.start()  # in case a signal struck before it was started
-            self.post(self._recover, call)
+            self._look_for(call)
             wait = FIRST_WAIT * 5
         if call.deadline is not None:
             remaining = call.deadline - time.monotonic()
@@ -524,6 +529,14 @@ class ManagedLoop:
                     return 0.0
             wait = min(wait, remaining)
         return wait
+
+    def _look_for(self, call: Call) -> None:
+        """Have the loop look whether *call* was lost on its way, together with all others that are in doubt."""
+        self._unsure.add(call)
+        now = time.monotonic()
+        if now - self._asked_at >= LOOK_AGAIN:  # else it will look; asked that long ago, it may have been struck
+            self._asked_at = now
+            self.post(self._recover)
 
     def abandon(self, call: Call, why: str = INTERRUPTED) -> BaseException | None:
         """Cancel *call*, give it the grace to clean up, and return what it ended with.
@@ -688,34 +701,53 @@ class ManagedLoop:
         running = asyncio.current_task(self.loop) if self.loop.is_running() else None
         return running is not None and running is call.task
 
-    def _recover(self, call: Call) -> None:
-        """Find a call that was lost on its way. Loop thread only."""
-        self._drain()
-        if call.done:
-            return
-        if call.task is None:  # an exception thrown into the loop thread struck between queue and task
-            self._queue.append(call)
-            self._drain()
-        elif call.task.done():  # cancelled before its first step, so that _carry never ran; or struck in its last lines
-            error = None if call.task.cancelled() else call.task.exception()
-            call.finish(None, error or asyncio.CancelledError())
-        elif self._has_lost_its_step(call.task):
-            call.task._log_destroy_pending = False  # type: ignore[attr-defined]  # its caller is told
-            call.finish(None, LoopUnavailableError("an exception thrown into the loop thread has cut this call off"))
+    def _recover(self) -> None:
+        """Find the calls that were lost on their way, of those whose callers are in doubt. Loop thread only.
 
-    def _has_lost_its_step(self, task: asyncio.Task[Any]) -> bool:
-        """Say whether *task* will never go on. Loop thread only.
+        Whoever it passes over, because an exception strikes in here too, is in doubt still and asks again.
+        """
+        self._asked_at = -math.inf  # first: who asks from now on needs another look
+        unsure, self._unsure = self._unsure, set()
+        calls = list(unsure)  # at once: somebody may be about to add to it
+        self._drain()
+        lost = [call for call in calls if call.task is None and not call.done]
+        if lost:  # an exception thrown into the loop thread struck between queue and task
+            self._queue.extend(lost)
+            self._drain()
+        queued = self._queued_steps()
+        for call in calls:
+            task = call.task
+            if call.done or task is None:
+                pass
+            elif task.done():
+                self._finish_for(task, call)
+            elif queued is not None and self._has_lost_its_step(task, queued):
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # its caller is told
+                cut_off = LoopUnavailableError("an exception thrown into the loop thread has cut this call off")
+                call.finish(None, cut_off)
+
+    def _finish_for(self, task: asyncio.Task[Any], call: Call) -> None:
+        # Cancelled before its first step, so that _carry never ran; or struck in its last lines.
+        error = None if task.cancelled() else task.exception()
+        call.finish(None, error or asyncio.CancelledError())
+
+    def _queued_steps(self) -> set[int] | None:
+        """Return the ids of all tasks whose next step waits for its turn. Loop thread only."""
+        queue = getattr(self.loop, "_ready", None)
+        if queue is None:
+            return None  # uvloop: no Python code there for an exception to strike
+        ready = list(queue)  # at once: others append to it from their threads
+        return {id(getattr(handle._callback, "__self__", None)) for handle in ready}
+
+    def _has_lost_its_step(self, task: asyncio.Task[Any], queued: set[int]) -> bool:
+        """Say whether *task* will never go on, given whose steps are *queued* now. Loop thread only.
 
         An exception thrown into the loop thread may strike where asyncio queues a task's next step, or between taking
         it from the queue and running it.
         """
-        queue = getattr(self.loop, "_ready", None)
-        if queue is None:
-            return False  # uvloop: no Python code there for an exception to strike
         if task._fut_waiter is not None or task is asyncio.current_task(self.loop):  # type: ignore[attr-defined]
             return False
-        ready = list(queue)  # at once: others append to it from their threads
-        return all(getattr(handle._callback, "__self__", None) is not task for handle in ready)
+        return id(task) not in queued
 
     def cancel(self, call: Call) -> None:
         """Give *call* up, whatever state it is in. Loop thread only."""
@@ -725,7 +757,7 @@ class ManagedLoop:
         if call.task is None:  # the interrupt came before the call was queued
             call.finish(None, asyncio.CancelledError())
         elif call.task.done():
-            self._recover(call)
+            self._finish_for(call.task, call)
         else:
             call.cancel()
 
