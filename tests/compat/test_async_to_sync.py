@@ -227,6 +227,56 @@ def test_nested_calls_stay_on_the_calling_thread_when_sync_and_async_alternate(f
     assert threads == [here()] * 5
 
 
+@pytest.mark.parametrize("inner_facade", ["same", "another", "another, driven by its callers"])
+@pytest.mark.parametrize("hand_over", [run_on_caller, sync_to_async], ids=lambda way: way.__name__)
+def test_sync_to_async_is_answered_in_a_plain_call_when_work_on_the_calling_thread_made_that(
+    facade: SyncFacade, hand_over: Any, inner_facade: str
+) -> None:
+    """A call_sync inside an async_to_sync call keeps that call's thread waiting: the inner one is served there."""
+    inner = facade if inner_facade == "same" else SyncFacade(drive="caller" if "driven" in inner_facade else "thread")
+
+    async def ask() -> set[int]:
+        return {await on_caller(), *await asyncio.gather(on_caller(), on_caller())}
+
+    def work() -> set[int]:
+        return inner.call_sync(ask, timeout=PATIENCE)
+
+    async def view() -> tuple[set[int], int]:
+        there = await (run_on_caller(work) if hand_over is run_on_caller else sync_to_async(work)())
+        return there, await on_caller()
+
+    try:
+        there, after = facade.async_to_sync(view)()
+        assert after == here()
+        # Else asgiref may lose sight of the calling thread, and use its own.
+        if inner is facade and (hand_over is run_on_caller or facade.drive == "caller"):
+            assert there == {here()}
+    finally:
+        if inner is not facade:
+            inner.shutdown(0.0)
+
+
+def test_late_work_of_a_plain_call_finds_the_outer_caller_when_that_call_has_returned(facade: SyncFacade) -> None:
+    """A task that an inner call left behind is served by the call around it, whose thread waits again."""
+    late: list[asyncio.Task[int]] = []
+    returned = threading.Event()
+
+    async def inner() -> None:
+        async def leave() -> int:
+            while not returned.is_set():
+                await asyncio.sleep(0)
+            return await on_caller()
+
+        late.append(asyncio.create_task(leave()))
+
+    async def outer() -> int:
+        await run_on_caller(facade.call_sync, inner)
+        returned.set()
+        return await late[0]
+
+    assert facade.async_to_sync(outer)() == here()
+
+
 def test_insensitive_code_runs_elsewhere_when_asked_for(facade: SyncFacade) -> None:
     """thread_sensitive=False leaves the calling thread alone."""
 

@@ -211,6 +211,9 @@ class CallerExecutor(CurrentThreadExecutor):
             NoCallerError: nobody waits any more. A RuntimeError, as asgiref's.
         """
         running = _get_running_loop()
+        inner = self._call_within(running)
+        if inner is not None:
+            return cast("Future[R]", self._start_within(inner, functools.partial(fn, *args, **kwargs)))
         if running is not self._loop and threading.get_ident() == self._ident:
             raise RuntimeError("this is the calling thread, which would wait for itself: call the function directly")
         if self._broken:
@@ -249,16 +252,37 @@ class CallerExecutor(CurrentThreadExecutor):
 
     def notify(self) -> None: ...
 
+    # ---- for calls within the call -----------------------------------------------------------------------------------
+
+    def _call_within(self, running: AbstractEventLoop | None) -> calls.Call | None:
+        """Return the call, made by work on the thread of this one, that the code on the *running* loop belongs to.
+
+        It inherits this executor with its context. The thread waits for the innermost call, and for no other.
+        """
+        call = current_caller.get()
+        if not isinstance(call, calls.Call) or call is self._caller or call.ident != self._ident:
+            return None
+        if call.loop.loop is not running or call.done or call.has_left() or call.why is not None:
+            return None  # it does no more work, and the thread will soon be back in the call around it
+        return call
+
+    def _start_within(self, inner: calls.Call, work: Callable[[], R]) -> asyncio.Task[R]:
+        if inner.loop.loop is self._loop and self._open:
+            return self._start(work, inner)
+        loop: AbstractEventLoop = inner.loop.loop
+        return loop.create_task(self._run(work, inner), name="sync_to_async")
+
     # ---- on its way --------------------------------------------------------------------------------------------------
 
-    def _start(self, work: Callable[[], R]) -> asyncio.Task[R]:
+    def _start(self, work: Callable[[], R], inner: calls.Call | None = None) -> asyncio.Task[R]:
         assert self._loop is not None
-        task = self._loop.create_task(self._run(work), name="sync_to_async")
+        task = self._loop.create_task(self._run(work, inner), name="sync_to_async")
         self.pending.add(task)
         task.add_done_callback(self.pending.discard)
         return task
 
-    async def _run(self, work: Callable[[], R]) -> R:
+    async def _run(self, work: Callable[[], R], inner: calls.Call | None = None) -> R:
+        """Run *work* on the thread that waits: for the *inner* call, for this executor's, or for one around it."""
         began = False
 
         def on_caller() -> R:
@@ -266,6 +290,13 @@ class CallerExecutor(CurrentThreadExecutor):
             began = True
             return _guarded(work)
 
+        if inner is not None:
+            try:
+                return await inner.run(on_caller)
+            except NoCallerError:
+                if began:
+                    raise
+            return await asyncio.wrap_future(self.submit(work))
         if self._caller is not None:
             try:
                 return await self._caller.run(on_caller)
