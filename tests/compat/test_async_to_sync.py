@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import functools
 import gc
 import inspect
@@ -848,6 +849,31 @@ def test_the_handled_exception_is_seen_inside_when_called_from_an_except_block(f
         handle()
     assert seen == {raised.value.__context__}
     assert grown == []
+
+
+def test_the_handled_exception_is_seen_inside_when_its_attributes_cannot_be_set(facade: SyncFacade) -> None:
+    """A frozen dataclass is an exception like any other."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    async def look() -> BaseException | None:
+        return sys.exc_info()[1]
+
+    def fail() -> None:
+        raise Frozen(7)
+
+    def handle() -> tuple[BaseException | None, BaseException, int]:
+        try:
+            fail()
+        except Frozen as error:
+            return facade.async_to_sync(look)(), error, len(frames(error))
+        raise AssertionError
+
+    seen, handled, length = handle()
+    assert seen is handled
+    assert length == 2
 
 
 def test_no_garbage_is_left_when_calls_end(threaded: SyncFacade) -> None:

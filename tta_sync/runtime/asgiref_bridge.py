@@ -119,7 +119,9 @@ class AsyncToSync(sync.AsyncToSync[P, R]):
                 try:
                     raise handled
                 except BaseException:
-                    handled.__traceback__ = traceback  # without this frame, which the raise has added
+                    # Without this frame, which the raise has added. Not by the exception's own class, which may be
+                    # a frozen dataclass, or have a with_traceback of its own.
+                    BaseException.with_traceback(handled, traceback)
                     return await begin()
             finally:
                 beside.remove(me)
