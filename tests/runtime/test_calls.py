@@ -4,16 +4,18 @@ import asyncio
 import contextvars
 import gc
 import re
+import sys
 import threading
 import time
 
 import anyio
 import pytest
 
-from tta_sync import WorkflowContext, current_context
+from tta_sync import WorkflowContext, current_context, run_on_caller
 from tta_sync.context import Deadline
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, LoopUnavailableError
 from tta_sync.primitives import MISS, WorkflowPrimitive
+from tta_sync.runtime import driven
 
 variable = contextvars.ContextVar("variable", default="outside")
 
@@ -230,6 +232,107 @@ def test_context_is_each_callers_own_when_threads_call_at_once(facade, in_thread
 
     for number, future in enumerate([in_thread(caller, number) for number in range(8)]):
         assert set(future.result(20)) == {(number, number)}
+
+
+class Secret(Exception):
+    """What one caller handles is no business of another's."""
+
+
+@pytest.fixture
+def patient_callers(monkeypatch):
+    """Callers that stand aside wait for a driver for as long as the machine may stall."""
+    monkeypatch.setattr(driven, "LOOK_AGAIN", 1000.0)
+
+
+def test_coroutines_see_no_callers_exception_when_one_calls_while_it_handles_it(facade, in_thread, patient_callers):
+    """Nobody's coroutine, task or error learns what a caller is handling, whoever turns the loop."""
+    begun, release, seen = threading.Event(), threading.Event(), []
+
+    async def look():
+        for _ in range(3):
+            seen.append(sys.exception())
+            await asyncio.sleep(0)
+
+    async def wait():
+        begun.set()
+        tasks.append(asyncio.create_task(look()))
+        while not release.is_set():
+            await asyncio.sleep(0.001)
+        await look()
+
+    async def fail():
+        await look()
+        raise KeyError("another's own")
+
+    def handle():
+        try:
+            raise Secret
+        except Secret:
+            facade.call_sync(wait, timeout=20)
+
+    tasks = []
+    handling = in_thread(handle)
+    assert begun.wait(20)
+    with pytest.raises(KeyError) as caught:
+        facade.call_sync(fail, timeout=20)
+    release.set()
+    handling.result(20)
+    assert tasks[0].done()
+    assert seen == [None] * 9
+    assert caught.value.__context__ is None
+
+
+def test_callers_are_answered_when_all_of_them_handle_exceptions(facade, in_thread, patient_callers):
+    """Callers that turn no loop are no less served: from the first call on, with caller steps and nested calls."""
+
+    async def steps(depth):
+        await asyncio.sleep(0)
+        return 0 if depth == 0 else 1 + await run_on_caller(facade.call_sync, steps, depth - 1)
+
+    def handle():
+        try:
+            raise Secret
+        except Secret:
+            return [facade.call_sync(steps, depth % 3, timeout=20) for depth in range(30)]
+
+    for future in [in_thread(handle) for _ in range(8)]:
+        assert future.result(20) == [0, 1, 2] * 10
+
+
+def test_deadline_holds_when_the_caller_handles_an_exception(facade, expires):
+    """A caller that turns no loop hears of its deadline, and its coroutine is cancelled."""
+    cancelled = []
+
+    async def wait():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.append(1)
+
+    try:
+        raise Secret
+    except Secret:
+        expires(facade.call_sync, wait, timeout=0.05)
+    assert cancelled
+
+
+def test_caller_drives_when_it_handles_an_exception_and_nobody_else_comes(make_facade, callers_drive, monkeypatch):
+    """A standby driver that does not come leaves no caller without an answer."""
+    if not callers_drive:
+        pytest.skip("the loop has a thread of its own")
+    monkeypatch.setattr(driven, "LOOK_AGAIN", 0.05)
+    facade, release = make_facade(), threading.Event()
+    facade.call_sync(add, 1, 2)
+    managed = facade._loop
+    idle = threading.Event()
+    monkeypatch.setattr(managed, "_stand_by", lambda: (idle.set(), release.wait(20)))
+    assert idle.wait(20)
+    try:
+        raise Secret
+    except Secret:
+        assert facade.call_sync(add, 1, 2, timeout=20) == 3
+    finally:
+        release.set()
 
 
 # ------------------------------------------------------------------------------------------------------- refusal

@@ -21,6 +21,7 @@ import pytest
 
 import tta_sync
 from tta_sync import run_on_caller
+from tta_sync.context import current_caller
 from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError, TTASyncError
 from tta_sync.facade import SyncFacade
 
@@ -354,7 +355,7 @@ def test_finalizer_never_waits_for_its_own_thread_when_it_calls_at_any_point(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that were struck unborn
 def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_any_point(
-    make_facade, in_thread, points, caplog
+    make_facade, in_thread, points, caplog, callers_drive
 ):
     """Wherever on the loop's thread it lands: the caller gets a result or an error within 4 s; so does the next one."""
     caplog.set_level("CRITICAL")
@@ -365,6 +366,8 @@ def test_every_waiter_hears_when_an_exception_is_thrown_into_the_loop_thread_at_
     async def traced(tracer, inside, release):
         # On the thread that turns the loop, and where callers drive this call's own thread goes on turning it for the
         # others: frames that begin from now on are traced.
+        while callers_drive and threading.get_ident() != current_caller.get().ident:
+            await asyncio.sleep(0.002)  # another drives, or the standby driver, until this call's thread wants to
         sys.settrace(tracer)
         inside.set()
         try:

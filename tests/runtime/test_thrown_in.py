@@ -14,7 +14,7 @@ import pytest
 
 from tta_sync.exceptions import DeadlineExceededError
 from tta_sync.facade import SyncFacade
-from tta_sync.runtime import driven, loop
+from tta_sync.runtime import driven, loop, native
 
 
 class Struck(TimeoutError):
@@ -289,3 +289,22 @@ def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, work
         finally:
             stop.append(1)
             busy.result(20)
+
+
+def test_next_call_gets_a_new_loop_when_the_standby_driver_is_struck(driven_facade, works, monkeypatch, eventually):
+    """What is thrown into it ends the loop, in order: even where it held the baton, and could not put it down."""
+
+    class Thrown(BaseException):
+        pass
+
+    works(driven_facade)
+    managed = driven_facade._loop
+
+    def struck():
+        if managed._take([native.get_ident()]):
+            raise Thrown
+
+    monkeypatch.setattr(managed, "_stand_by", struck)
+    eventually(lambda: managed.dead, what="the end of the loop")
+    assert isinstance(managed.death, Thrown)
+    works(driven_facade)

@@ -5,12 +5,16 @@ call is done or needs it, and passes it on: to a caller that waits, else to nobo
 that has lain for some milliseconds while the loop has business, so that background tasks and keep-alives go on when
 nobody calls.
 
+A caller that is handling an exception stands aside: what it drove would see that exception as its own context, as
+Python shows it to all frames below. It waits for whoever drives, and calls the standby driver where nobody does.
+
 A call that finds the baton free costs no thread switch, and beside a CPU-bound thread no wait for the interpreter's
 lock. The price: a coroutine that blocks holds whoever drives, beyond the deadline. Signals: see signals.py.
 
 Who owns what, beyond loop.py: the holder of the baton owns everything that loop.py calls "the loop thread only", and
 ``driver`` and ``ident``. The baton is a dict entry with the holder's mark in it, not a lock: a signal's exception may
-strike between taking a lock and noting that one has it, but never hides who holds the baton.
+strike between taking a lock and noting that one has it, but never hides who holds the baton. ``_aside`` is anybody's
+(set operations are atomic): each caller adds and discards its own call.
 """
 
 from __future__ import annotations
@@ -97,7 +101,8 @@ class DrivenCall(Call):
         try:
             super().finish(result, error)
         finally:  # an exception thrown into this thread may strike in there
-            if self.loop.driver is self:
+            driver = self.loop.driver
+            if driver is self or (driver is None and self in self.loop._aside):  # the standby driver was called for it
                 self.loop.loop.halt()
 
     def expire(self) -> None:
@@ -118,6 +123,7 @@ class DrivenLoop(ManagedLoop):
         self._standby = native.new_lock()
         self._vacant_since = time.monotonic()
         self._dozing = False
+        self._aside: set[Call] = set()  # whose callers wait, but will not drive
         self._suspect: list[int] | None = None
         self._suspect_since = 0.0
         self._failures: deque[float] = deque(maxlen=3)
@@ -159,13 +165,25 @@ class DrivenLoop(ManagedLoop):
                 if getattr(call, "waiting", False) and not call.done:
                     Call.wake(call)
                     return
-        if self._dozing or self.refusing or self._broken:
+        if self._dozing or self._aside or self.refusing or self._broken:
             self._dozing = False
             self._wake_standby()
 
     def _is_wanted(self) -> bool:
         """Say whether some caller waits and could drive; one that is busy with a caller step could not."""
         return any(getattr(call, "waiting", False) for call in list(self.calls))
+
+    def _is_called_for(self) -> bool:
+        """Say whether a caller that stands aside needs the loop to be turned. The standby driver's thread."""
+        if not self._aside:
+            return False
+        waiting = False
+        for call in list(self._aside):
+            if call.done or call.left:  # a storm of signals cut off its caller's way out
+                self._aside.discard(call)
+            else:
+                waiting = True
+        return waiting
 
     def _wake_standby(self) -> None:
         try:
@@ -189,7 +207,7 @@ class DrivenLoop(ManagedLoop):
                 self._find_lost_baton()
                 self._have_driver_look()
                 vacant = time.monotonic() - self._vacant_since
-                if self.refusing or (vacant > VACANCY and self._has_business()):
+                if self.refusing or self._is_called_for() or (vacant > VACANCY and self._has_business()):
                     mark = [native.get_ident()]
                     try:
                         if self._take(mark):
@@ -198,12 +216,13 @@ class DrivenLoop(ManagedLoop):
                         self._pass_on(mark)
                 elif vacant > 1.0:
                     self._dozing = True
-        except Exception as error:  # the loop was closed under it
+        except BaseException as error:  # the loop was closed under it, or something was thrown into this thread
             self.death = error
         finally:
             self._broken = True
             mark = [native.get_ident()]
             while not self._take(mark):  # the last driver leaves before the loop is closed
+                self._find_lost_baton()  # its own, perhaps
                 self._standby.acquire(True, POLL)
             self._bury()
 
@@ -357,8 +376,11 @@ class DrivenLoop(ManagedLoop):
         timer = None
         held_back: HeldBack | None = None
         mark: list[int] = [native.get_ident()]
+        aside = sys.exception() is not None and not self._is_deserted(call)
         try:
-            if not self._broken and not self.stopping and self._take(mark):
+            if aside:
+                self._stand_aside(call, seconds)
+            elif not self._broken and not self.stopping and self._take(mark):
                 if timed:
                     timer = self.loop.call_later(seconds, call.wake)
                 if mark[0] != threading.main_thread().ident:
@@ -376,6 +398,8 @@ class DrivenLoop(ManagedLoop):
         finally:
             try:
                 call.waiting = False  # type: ignore[attr-defined]
+                if aside:
+                    self._aside.discard(call)
                 if timer is not None:
                     timer.cancel()
                 if held_back is not None:
@@ -384,6 +408,20 @@ class DrivenLoop(ManagedLoop):
             finally:
                 if held_back is not None:
                     held_back.deliver()  # only now: a handler may call the facade itself
+
+    def _stand_aside(self, call: Call, seconds: float) -> None:
+        """Wait until there may be something to see about *call*, while another drives."""
+        self._aside.add(call)  # from now on, who puts the baton down calls the standby driver
+        if not self._armed:
+            self._armed = True
+            self._ring()
+        if "holder" not in self._baton:
+            self._wake_standby()
+        call.lock.acquire(True, min(seconds, POLL))
+
+    def _is_deserted(self, call: Call) -> bool:
+        """Say whether nobody has come to drive for *call*: better its own caller than nobody."""
+        return "holder" not in self._baton and time.monotonic() - max(call.started, self._vacant_since) > LOOK_AGAIN
 
     def refuse(self) -> None:
         super().refuse()
