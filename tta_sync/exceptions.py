@@ -2,7 +2,8 @@
 
 TTASyncError
  ├ ConfigurationError (ValueError)         built wrong; raised at construction, says what to write instead
- ├ LoopUnavailableError (RuntimeError)     shut down, or called from the loop thread / inside a running loop
+ ├ LoopUnavailableError (RuntimeError)     shut down, or dead
+ │  └ WouldDeadlockError                   called from the loop thread / inside a running loop: await it there
  ├ NoCallerError (RuntimeError)            a caller step with nobody waiting in run_sync
  ├ SaturatedError (RuntimeError)           max_in_flight reached                       .retry_after
  ├ JobCancelledError                       somebody asked for the job's end            .job_id
@@ -43,6 +44,7 @@ __all__ = [
     "StepTimeoutError",
     "TTASyncError",
     "WorkflowError",
+    "WouldDeadlockError",
 ]
 
 
@@ -56,6 +58,10 @@ class ConfigurationError(TTASyncError, ValueError):
 
 class LoopUnavailableError(TTASyncError, RuntimeError):
     """The managed loop cannot take this call here or now."""
+
+
+class WouldDeadlockError(LoopUnavailableError):
+    """The call would wait for its own thread: a mistake in the program, and no sign that anything is down."""
 
 
 class NoCallerError(TTASyncError, RuntimeError):

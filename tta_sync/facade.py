@@ -39,6 +39,7 @@ from tta_sync.exceptions import (
     DeadlineExceededError,
     LoopUnavailableError,
     NoCallerError,
+    WouldDeadlockError,
 )
 from tta_sync.primitives.core.base import (
     MISS,
@@ -226,7 +227,8 @@ class SyncFacade:
         Raises:
             DeadlineExceededError: the timeout, or the context's deadline, has passed.
             SaturatedError: ``max_in_flight`` calls are under way.
-            LoopUnavailableError: called where it could only deadlock, or after shutdown.
+            WouldDeadlockError: called where it could only deadlock.
+            LoopUnavailableError: called after shutdown.
         """
         loop = self._loop
         if loop is None or loop.generation != generation.current.number or loop.dead:
@@ -283,7 +285,8 @@ class SyncFacade:
         Raises:
             DeadlineExceededError: the timeout has passed.
             SaturatedError: ``max_in_flight`` calls are under way.
-            LoopUnavailableError: called where it could only deadlock, or after shutdown.
+            WouldDeadlockError: called where it could only deadlock.
+            LoopUnavailableError: called after shutdown.
         """
         loop = self._loop
         if loop is None or loop.generation != generation.current.number or loop.dead:
@@ -412,12 +415,12 @@ class SyncFacade:
     def _refuse(self, loop: ManagedLoop, name: str) -> None:
         """Refuse what could only deadlock."""
         if get_ident() == loop.ident:
-            raise LoopUnavailableError(
+            raise WouldDeadlockError(
                 f"{name} was called from the loop thread, which would wait for itself: await it instead"
             )
         if threads_are_greenlets() and asyncio.current_task(_get_running_loop()) is None:
             return  # the running loop belongs to another greenlet of this thread, which is not in it now
-        raise LoopUnavailableError(
+        raise WouldDeadlockError(
             f"{name} was called inside a running event loop, which would stand still meanwhile: await it instead, "
             "or call it from a thread (asyncio.to_thread)"
         )
@@ -481,7 +484,7 @@ class SyncFacade:
         self._closed_in = generation.current.number
         loops = self._living()
         if any(get_ident() == loop.ident for loop in loops):
-            raise LoopUnavailableError("shutdown() was called from the loop thread: call it from another")
+            raise WouldDeadlockError("shutdown() was called from the loop thread: call it from another")
         stop_all(loops, timeout, self.grace)
 
     def __del__(self) -> None:

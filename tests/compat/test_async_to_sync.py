@@ -36,6 +36,7 @@ from tta_sync.exceptions import (
     NoCallerError,
     SaturatedError,
     TTASyncError,
+    WouldDeadlockError,
 )
 from tta_sync.facade import SyncFacade, register_interrupt
 from tta_sync.primitives import WorkflowContext
@@ -684,7 +685,7 @@ def test_it_is_refused_when_called_inside_a_running_loop(facade: SyncFacade) -> 
 
     with pytest.raises(RuntimeError, match="await it instead") as refused:
         asyncio.run(inside())
-    assert refused.type is LoopUnavailableError
+    assert refused.type is WouldDeadlockError
     assert inspect.getcoroutinestate(made[0]) == inspect.CORO_CLOSED
 
 

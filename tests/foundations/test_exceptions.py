@@ -26,6 +26,7 @@ from tta_sync.exceptions import (
     StepTimeoutError,
     TTASyncError,
     WorkflowError,
+    WouldDeadlockError,
     copy_error,
 )
 
@@ -33,6 +34,7 @@ from tta_sync.exceptions import (
 ERRORS: list[tuple[TTASyncError, type[BaseException], str, dict[str, object]]] = [
     (ConfigurationError("write it so"), ValueError, "write it so", {}),
     (LoopUnavailableError("shut down"), RuntimeError, "shut down", {}),
+    (WouldDeadlockError("await it"), LoopUnavailableError, "await it", {}),
     (NoCallerError("nobody waits"), RuntimeError, "nobody waits", {}),
     (
         SaturatedError(10, 0.5),

@@ -32,8 +32,9 @@ from tta_sync.exceptions import (
     SaturatedError,
     StepTimeoutError,
     TTASyncError,
+    WouldDeadlockError,
 )
-from tta_sync.facade import run_sync
+from tta_sync.facade import call_sync, run_sync
 from tta_sync.flask import Problem, TTASync
 from tta_sync.primitives.core.base import caller_step, step
 
@@ -586,6 +587,26 @@ def test_unexpected_error_reaches_the_test_when_the_application_is_testing(site:
     with pytest.raises(KeyError, match="mine") as caught:
         site.test_client().get("/")
     assert caught.traceback[-1].name == "fail"
+
+
+@pytest.mark.parametrize("testing", [True, False])
+def test_call_on_the_loop_thread_is_a_bug_when_a_workflow_makes_it(site: Flask, testing: bool) -> None:
+    """It reaches the test that makes it, and is a 500 elsewhere: not a service that is down."""
+    site.testing = testing
+    tta = TTASync(site)
+
+    async def answer() -> None: ...
+
+    @step
+    async def mistaken(data: Any) -> None:
+        call_sync(answer)
+
+    site.add_url_rule("/", "view", tta.workflow(mistaken)(lambda result: result))
+    if testing:
+        with pytest.raises(WouldDeadlockError, match="await it instead"):
+            site.test_client().get("/")
+    else:
+        problem(site.test_client().get("/"), 500, "internal_server_error")
 
 
 def test_signal_is_sent_once_when_an_error_is_unexpected(site: Flask) -> None:

@@ -22,6 +22,7 @@ from tta_sync.exceptions import (
     RateLimitedError,
     SaturatedError,
     StepTimeoutError,
+    WouldDeadlockError,
 )
 from tta_sync.flask.requests import RequestInfo
 
@@ -172,6 +173,8 @@ def problem_of(error: Exception, table: Mapping[str, Row]) -> Problem | None:
                 headers={"Retry-After": _retry_after(error)} if later else (),
                 errors=None if messages is None else messages(),
             )
+        if cls is WouldDeadlockError:  # a bug, which must not look like the outage that its base stands for
+            return None
     return None
 
 

@@ -198,7 +198,7 @@ class IdempotencyStore:
         """Do what :meth:`arun` does, from synchronous code: *work* runs on this thread.
 
         Raises:
-            LoopUnavailableError: called on a loop; what :meth:`begin` raises.
+            WouldDeadlockError: called on a loop; what :meth:`begin` raises.
         """
         remedy = "await store.arun(...)"
         claim = from_sync(lambda: self.begin(key, fingerprint, wait=wait), "run()", remedy)

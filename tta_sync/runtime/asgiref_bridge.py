@@ -86,7 +86,8 @@ class AsyncToSync(sync.AsyncToSync[P, R]):
         """Run the coroutine and return its result, on a thread where no loop runs.
 
         Raises:
-            LoopUnavailableError: called where it could only deadlock, or after shutdown. A RuntimeError, as asgiref's.
+            WouldDeadlockError: called where it could only deadlock. A RuntimeError, as asgiref's.
+            LoopUnavailableError: called after shutdown.
             DeadlineExceededError: the current request's or job's deadline, or the facade's default, has passed.
             SaturatedError: ``max_in_flight`` calls are under way.
         """

@@ -29,7 +29,7 @@ from collections.abc import Sized
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tta_sync.exceptions import LoopUnavailableError
+from tta_sync.exceptions import WouldDeadlockError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
 from tta_sync.runtime.frames import OUTER_EDGE
@@ -342,7 +342,7 @@ class DrivenLoop(ManagedLoop):
         call.waiting = False  # type: ignore[attr-defined]  # a DrivenCall
         holder = self._baton.get("holder")
         if holder is not None and holder[0] == native.get_ident() and not self._is_lost(holder):
-            raise LoopUnavailableError(
+            raise WouldDeadlockError(
                 f"{call.name} was called while this thread turns the loop (by a finalizer?) and would wait for itself"
             )
         call.sent = True

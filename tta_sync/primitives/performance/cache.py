@@ -394,7 +394,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
         Raises:
             ConnectionError: Redis cannot be reached; the memory of this process was cleared.
-            LoopUnavailableError: called on a loop with a cache in Redis: await :meth:`ainvalidate` there.
+            WouldDeadlockError: called on a loop with a cache in Redis: await :meth:`ainvalidate` there.
         """
         steps = self._forgetting(data, tag_set(tags), tenant)
         self._at_once(steps, "invalidate")
@@ -408,7 +408,7 @@ class CachePrimitive(WorkflowPrimitive[In, Out]):
 
         Raises:
             ConnectionError: Redis cannot be reached; the memory of this process was cleared.
-            LoopUnavailableError: called on a loop with a cache in Redis: await :meth:`aclear_cache` there.
+            WouldDeadlockError: called on a loop with a cache in Redis: await :meth:`aclear_cache` there.
         """
         self._at_once(self._clearing(), "clear_cache")
 

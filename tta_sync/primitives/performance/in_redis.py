@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import WorkflowContext, cut_off
-from tta_sync.exceptions import ConfigurationError, LoopUnavailableError
+from tta_sync.exceptions import ConfigurationError, WouldDeadlockError
 from tta_sync.primitives.core.base import WorkflowPrimitive
 from tta_sync.primitives.performance import codec
 from tta_sync.primitives.performance.codec import OVERHEAD, Codec, Undecodable
@@ -451,7 +451,7 @@ def from_sync(work: Callable[[], Coroutine[Any, Any, T]], name: str, remedy: str
     Whatever deadline the current call has, this has *timeout* seconds.
 
     Raises:
-        LoopUnavailableError: called on a loop's own thread.
+        WouldDeadlockError: called on a loop's own thread.
         DeadlineExceededError: *timeout* has passed.
     """
     try:
@@ -459,7 +459,7 @@ def from_sync(work: Callable[[], Coroutine[Any, Any, T]], name: str, remedy: str
     except RuntimeError:
         answer: T = _Chore(work, name).run_sync(None, WorkflowContext(), timeout=timeout)
         return answer
-    raise LoopUnavailableError(f"{name} would wait for Redis on the loop's own thread: write {remedy} there")
+    raise WouldDeadlockError(f"{name} would wait for Redis on the loop's own thread: write {remedy} there")
 
 
 def _no_glob(text: str) -> str:
