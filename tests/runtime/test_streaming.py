@@ -6,8 +6,10 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,6 +54,15 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < give_up, "it did not come true"
         time.sleep(0.002)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Nothing but the last reference to an object frees it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 16, 1000])
@@ -107,6 +118,54 @@ def test_generator_ends_when_the_iterator_is_dropped(facade: SyncFacade) -> None
     del stream
     gc.collect()
     assert source.ended.wait(10)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_places_are_free_at_once_when_iterators_that_waited_are_dropped(make_facade: Callable[..., SyncFacade]) -> None:
+    """Streams that are dropped one after another never fill max_in_flight, and every generator ends."""
+    ended = []
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            await asyncio.sleep(0.001)  # so that next() waits, and drives: the stream before is cancelled meanwhile
+            yield 1
+            await asyncio.sleep(3600)
+        finally:
+            ended.append(1)
+
+    facade = make_facade(max_in_flight=2)
+    for _ in range(20):
+        stream = facade.iterate_sync(source)
+        assert next(stream) == 1
+        del stream
+    until(lambda: len(ended) == 20)
+    assert facade.in_flight() == []
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("how", ["in the middle of a step", "paused for credit", "at its end", "by an error"])
+def test_dropped_stream_leaves_nothing_to_the_collector_when_its_generator_stopped(
+    facade: SyncFacade, how: str
+) -> None:
+    """Neither a generator that must be closed nor one that has ended, unseen, leaves a cycle behind."""
+
+    async def fails() -> AsyncIterator[int]:
+        yield 0
+        raise LookupError("nobody sees it")
+
+    source: Any = {
+        "in the middle of a step": Source(wait_after=1),
+        "paused for credit": Source(),
+        "at its end": Source(1),
+        "by an error": fails,
+    }[how]
+    stream = facade.iterate_sync(source, buffer=2)
+    assert next(stream) == 0
+    if how in ("at its end", "by an error"):
+        until(partial(getattr, stream._call, "done"))
+    pipe = weakref.ref(stream._pipe)  # the call holds it, by its function
+    del stream
+    until(lambda: pipe() is None)
 
 
 def test_generator_ends_when_the_iterator_is_collected_on_the_loop_thread(facade: SyncFacade) -> None:

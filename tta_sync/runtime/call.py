@@ -4,7 +4,8 @@ Who owns what:
 
 * ``fn`` to ``context``: written by the caller before submission, then read only, but for :meth:`Call.expire_now`.
 * ``task``, ``began``, ``timer``: the loop thread only.
-* ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it.
+* ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it, and before it sets
+  ``left``: nobody reads the error of a call that has ended and been left, and it is dropped.
 * ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
 * ``work``: appended by the loop thread, taken by the caller's thread (deque operations are atomic).
 * ``answered``: the caller's thread only.
@@ -190,8 +191,12 @@ class Call:
             pass
 
     def forget(self) -> None:
-        """Let go of what refers back to this call, so that no cycle waits for the collector. When all is over only."""
-        self.context = self.task = self.answered = None
+        """Let go of what refers back to this call, so that no cycle waits for the collector. When all is over only.
+
+        The error does by its traceback. Whoever ends the call and whoever leaves it look at each other's flag after
+        setting their own, so that one of them at least forgets.
+        """
+        self.context = self.task = self.answered = self.error = None
 
     def serve(self) -> None:
         """Do the work that the loop has posted, in order. Caller's thread only."""

@@ -430,13 +430,13 @@ class ManagedLoop:
                 self.abandon(call)
                 raise
         finally:
+            error = call.error  # now: once the call is left, it is dropped
             if call.done and not call.work:  # as leave() does
                 call.left = True
                 calls.pop(call, None)
                 call.context = call.task = call.answered = None
             else:
                 self.leave(call)
-        error = call.error
         if error is None and call.why is None:
             return call.result
         try:

@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from tta_sync.context import current_caller
 from tta_sync.exceptions import DeadlineExceededError
-from tta_sync.runtime.call import DEADLINE
+from tta_sync.runtime.call import DEADLINE, Call
 
 if TYPE_CHECKING:
-    from tta_sync.runtime.call import Call
     from tta_sync.runtime.loop import ManagedLoop
 
 T = TypeVar("T")
@@ -43,13 +43,12 @@ class Pipe(Generic[T]):
         self.hungry = False
         self.paused = False
         self._credit: asyncio.Future[None] | None = None  # loop thread only
-        self.call: Call | None = None
         self.iterator: Any = None  # for whoever asks where it stands
 
     async def pump(self, *args: Any, **keywords: Any) -> None:
         """Run the generator: in one task from its first step to its ``aclose``. Loop thread only."""
-        call = self.call
-        assert call is not None
+        call = current_caller.get()  # the pipe must not keep it: the call has the pump for its function
+        assert isinstance(call, Call)
         if call.deadline is not None:
             # The consumer may be busy elsewhere when the deadline passes: the loop watches the clock.
             call.timer = asyncio.get_running_loop().call_later(call.deadline - time.monotonic(), call.expire)
@@ -107,7 +106,6 @@ class Stream(Iterator[T]):
         self._pipe = pipe
         self._call = call
         self._item_timeout = item_timeout
-        pipe.call = call
         try:
             loop.calls[call] = None
             if max_in_flight is not None or loop.refusing:
@@ -123,10 +121,15 @@ class Stream(Iterator[T]):
 
     def __next__(self) -> T:
         pipe = self._pipe
-        try:
-            item = pipe.buffer.popleft()
-        except IndexError:
-            item = self._wait()
+        while True:
+            try:
+                item = pipe.buffer.popleft()
+                break
+            except IndexError:
+                pass
+            # Not in there: a driver turns the loop in here, and what is raised then, in whichever call, would remember
+            # the error that this thread handles, and with it this frame and the iterator.
+            self._wait()
         if pipe.paused and len(pipe.buffer) <= pipe.resume_at:
             pipe.paused = False
             self._loop.post(pipe.resume)
@@ -135,8 +138,8 @@ class Stream(Iterator[T]):
             self._finish()
         return item
 
-    def _wait(self) -> T:
-        """Wait for the next item; raise StopIteration, or what ended the stream, where none comes."""
+    def _wait(self) -> None:
+        """Wait until there is an item; raise StopIteration, or what ended the stream, where none comes."""
         if self._ended:
             raise StopIteration
         call, pipe, loop = self._call, self._pipe, self._loop
@@ -167,12 +170,9 @@ class Stream(Iterator[T]):
             self._leave()
             raise
         pipe.hungry = False
-        try:
-            return buffer.popleft()
-        except IndexError:
-            pass
-        self._finish()
-        raise StopIteration
+        if not buffer:
+            self._finish()
+            raise StopIteration
 
     def _finish(self) -> None:
         """End the stream: raise what ended it, if anything did."""
@@ -211,8 +211,6 @@ class Stream(Iterator[T]):
     def _leave(self) -> None:
         self._pipe.buffer.clear()
         self._loop.leave(self._call)
-        if self._call.done:
-            self._pipe.call = None  # the pipe's pump is the call's function: no cycle
 
     def __enter__(self) -> Stream[T]:
         return self
@@ -230,4 +228,7 @@ class Stream(Iterator[T]):
             call.why = CLOSED
         call.left = True
         loop.calls.pop(call, None)
-        loop.post(loop.cancel, call)
+        if call.done:
+            call.forget()
+        else:
+            loop.post(loop.cancel, call)
