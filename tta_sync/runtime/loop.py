@@ -763,7 +763,12 @@ class ManagedLoop:
 
 
 def _start_named(target: Callable[[], object], name: str) -> None:
-    threading.Thread(target=target, name=name, daemon=True).start()
+    try:
+        threading.Thread(target=target, name=name, daemon=True).start()
+        return
+    except RuntimeError:
+        pass  # the system has no second thread to give
+    target()  # on this one then, without the name: whoever asked for it has been told that it was started
 
 
 def stop_all(loops: list[ManagedLoop], timeout: float, grace: float) -> None:

@@ -35,18 +35,26 @@ class DaemonPool(ThreadPoolExecutor):
         self._closed = False
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Queue *fn*; start a thread if none is idle and the limit allows."""
+        """Queue *fn*; start a thread if none is idle and the limit allows.
+
+        Where the system has no thread to give, *fn* waits for those that there are, and where there is none, it is
+        refused with the system's error and never runs. The next to come tries again, for all that wait.
+        """
         future: Future[R] = Future()
         with self._mutex:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            self._items.put((future, fn, args, kwargs))
-            self._waiting -= 1
-            if self._waiting < 0 and self._count < self._limit:
+            while self._waiting < 1 and self._count < self._limit:
+                try:
+                    self._spawn(self.work, f"{self._prefix}_{self._count + 1}")
+                except Exception:
+                    if self._count == 0:
+                        raise
+                    break
                 self._count += 1
                 self._waiting += 1
-                name = f"{self._prefix}_{self._count}"
-                self._spawn(self.work, name)
+            self._items.put((future, fn, args, kwargs))  # only now: what is refused must not run
+            self._waiting -= 1
         return future
 
     def work(self) -> None:

@@ -18,6 +18,8 @@ from tta_sync.exceptions import StepTimeoutError
 from tta_sync.primitives.core.base import ThreadPrimitive, thread_step
 from tta_sync.primitives.core.threads import Errand, abandoned
 from tta_sync.primitives.recovery import TimeoutPrimitive
+from tta_sync.runtime import native
+from tta_sync.runtime.pool import DaemonPool
 
 
 class Gate:
@@ -39,6 +41,31 @@ def gate(eventually: Callable[..., Any]) -> Iterator[Gate]:
     yield gate
     gate.open.set()
     eventually(lambda: not abandoned, what="the end of the abandoned threads")
+
+
+class Threads:
+    """Starts threads for a pool, unless the system has none to give."""
+
+    def __init__(self) -> None:
+        self.refused = False
+
+    def start(self, target: Callable[[], object], name: str) -> None:
+        if self.refused:
+            raise RuntimeError("can't start new thread")
+        native.start_new_thread(target, ())
+
+
+@pytest.fixture
+def threads() -> Threads:
+    return Threads()
+
+
+@pytest.fixture
+def pool(threads: Threads) -> Iterator[DaemonPool]:
+    """A pool of two threads."""
+    pool = DaemonPool(2, "pool", threads.start)
+    yield pool
+    pool.shutdown(wait=False)
 
 
 @pytest.fixture
@@ -171,3 +198,81 @@ def test_step_on_a_thread_that_cannot_be_found_is_named_with_its_first_line(
                 facade.run_sync(flow, 1)
     first_line = Gate.pass_through.__code__.co_firstlineno
     assert f"it stands at {__file__}:{first_line}" in caplog.text
+
+
+def test_work_is_refused_and_never_runs_when_no_thread_can_be_started(
+    gate: Gate, facade: SyncFacade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told, nothing runs later, and the pool has all its threads when the system has some again."""
+    asked = []
+
+    def refuse(*_: Any) -> None:
+        asked.append(1)
+        raise RuntimeError("can't start new thread")
+
+    facade.call_sync(asyncio.sleep, 0)  # the loop has its own threads
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "start_new_thread", refuse)
+        for number in range(5):  # more than the pool may have
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                facade.call_sync(asyncio.to_thread, gate.pass_through, f"refused {number}", timeout=20.0)
+    assert len(asked) == 5
+
+    async def both() -> list[Any]:
+        running = [asyncio.ensure_future(asyncio.to_thread(gate.pass_through, number)) for number in (1, 2)]
+        while len(gate.came) < 2:
+            await asyncio.sleep(0.001)
+        gate.open.set()
+        return await asyncio.gather(*running)
+
+    assert facade.call_sync(both, timeout=20.0) == [1, 2]
+    assert sorted(gate.came) == [1, 2]
+
+
+def test_work_waits_for_a_thread_there_is_when_no_other_can_be_started(
+    gate: Gate, threads: Threads, pool: DaemonPool, eventually: Callable[..., Any]
+) -> None:
+    """It is not refused, and runs when that thread is idle again."""
+    first = pool.submit(gate.pass_through, 1)
+    eventually(lambda: gate.came == [1], what="the first one's begin")
+    threads.refused = True
+    second = pool.submit(gate.pass_through, 2)
+    third = pool.submit(gate.pass_through, 3)
+    assert gate.came == [1]
+    gate.open.set()
+    assert [future.result(20) for future in (first, second, third)] == [1, 2, 3]
+
+
+def test_threads_are_started_for_all_that_waits_when_the_system_has_some_again(
+    gate: Gate, threads: Threads, pool: DaemonPool, eventually: Callable[..., Any]
+) -> None:
+    """The next to come makes up for those that could not be started, within the limit."""
+    first = pool.submit(gate.pass_through, 1)
+    threads.refused = True
+    waits = pool.submit(threading.get_ident)
+    threads.refused = False
+    comes = pool.submit(threading.get_ident)
+    assert waits.result(20) == comes.result(20)  # the second thread's; the first is held
+    assert not first.done()
+    held = pool.submit(gate.pass_through, 2)
+    eventually(lambda: sorted(gate.came) == [1, 2], what="both at once")
+    waits = pool.submit(threading.get_ident)
+    gate.open.set()
+    assert {first.result(20), held.result(20)} == {1, 2}
+    waits.result(20)
+
+
+def test_work_runs_when_the_system_has_but_one_thread_to_give(
+    facade: SyncFacade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool's thread is made in two steps, and the second may be refused when the first was not."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("tta_sync-pool"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for number in range(5):
+        assert facade.call_sync(asyncio.to_thread, abs, -number, timeout=20.0) == number
