@@ -5,6 +5,7 @@ import contextvars
 import os
 import threading
 import time
+import types
 from contextlib import asynccontextmanager
 
 import anyio
@@ -147,6 +148,71 @@ def test_resource_is_closed_before_what_it_uses_when_one_opens_another(facade, l
     assert facade.call_sync(use(facade.resource(outer))) == "outer #1"
     facade.shutdown()
     assert log == ["open inner", "open outer", "close outer", "close inner"]
+
+
+def begins_at_once(loop, coroutine, context=None, **options):
+    """What asyncio.eager_task_factory of 3.12 does: the first step now, the others in a task."""
+
+    @types.coroutine
+    def others(awaited):
+        while not ended:
+            try:
+                value = yield awaited
+            except BaseException as error:
+                awaited = step(coroutine.throw, error)
+            else:
+                awaited = step(coroutine.send, value)
+        return ended[0]
+
+    async def go_on(awaited):
+        return await others(awaited)
+
+    def step(resume, value):
+        try:
+            return resume(value)
+        except StopIteration as stop:
+            ended.append(stop.value)
+
+    ended = []
+    context = context or contextvars.copy_context()
+    awaited = context.run(step, coroutine.send, None)
+    return asyncio.Task(go_on(awaited), loop=loop, context=context, **options)
+
+
+@pytest.mark.parametrize("opens", ["at once", "after a while", "never"])
+def test_resource_is_opened_when_tasks_begin_at_once(facade, opens):
+    """An eager task may have opened it, or failed to, before the one who asked has seen the task."""
+    log = []
+
+    @asynccontextmanager
+    async def client():
+        log.append("open")
+        if opens == "after a while":
+            await asyncio.sleep(0)
+        if opens == "never" and len(log) == 1:
+            raise ConnectionError("down")
+        yield f"#{len(log)}"
+        log.append("close")
+
+    shared = facade.resource(client)
+
+    async def uses():
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory", begins_at_once))
+        try:
+            return await shared
+        finally:
+            loop.set_task_factory(None)
+
+    if opens == "never":
+        with pytest.raises(ConnectionError, match="down"):
+            facade.call_sync(uses)
+        log.append("again")
+    opened = facade.call_sync(uses)
+    assert facade.call_sync(uses) == opened
+    facade.shutdown()
+    assert log[-2:] == ["open", "close"]
+    assert log.count("open") == (2 if opens == "never" else 1)
 
 
 def test_factory_is_tried_again_when_it_failed(facade):

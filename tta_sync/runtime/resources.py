@@ -37,8 +37,12 @@ class _Opened:
         # An empty context: what is opened for the first caller must not carry that caller's variables to all others.
         context = contextvars.Context()
         context.run(_in_a_resource.set, True)
-        self.task = asyncio.get_running_loop().create_task(
-            self._hold(resource.factory), name=f"resource {resource.name}", context=context
+        # Not by create_task(), whose task may be an eager one (3.12): opened before anybody knows of it.
+        self.task = asyncio.Task(
+            self._hold(resource.factory),
+            loop=asyncio.get_running_loop(),
+            name=f"resource {resource.name}",
+            context=context,
         )
 
     async def _hold(self, factory: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
