@@ -214,6 +214,129 @@ def test_error_of_the_clean_up_comes_out_of_close(facade: SyncFacade) -> None:
         stream.close()
 
 
+@pytest.fixture
+def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits sees what it is woken for, and nothing else."""
+    monkeypatch.setattr("tta_sync.runtime.loop.LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr("tta_sync.runtime.driven.LOOK_AGAIN", 3600.0)
+
+
+@pytest.mark.usefixtures("no_second_look")
+@pytest.mark.parametrize("fails", [False, True], ids=["clean-up works", "clean-up fails"])
+def test_next_ends_the_iteration_when_another_thread_closes_the_stream(
+    facade: SyncFacade, in_thread: Callable[..., Future[Any]], fails: bool
+) -> None:
+    """A next() that waits says that there is no more; what the clean-up raises is for the one who closes."""
+    ended = []
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.sleep(3600)
+        finally:
+            ended.append(1)
+            if fails:
+                raise LookupError("in the clean-up")
+
+    stream = facade.iterate_sync(source)
+    assert next(stream) == 0
+    waits = in_thread(next, stream, "no more")
+    until(lambda: stream._pipe.hungry)
+    if fails:
+        with pytest.raises(LookupError, match="in the clean-up"):
+            stream.close()
+    else:
+        stream.close()
+    assert waits.result(20) == "no more"
+    assert ended == [1]
+    assert list(stream) == []
+    assert facade.in_flight() == []
+
+
+@pytest.mark.usefixtures("no_second_look")
+def test_next_ends_with_close_when_it_looks_while_another_thread_closes_the_stream(
+    make_facade: Callable[..., SyncFacade],
+    in_thread: Callable[..., Future[Any]],
+    callers_drive: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Woken in the middle of it, next() goes on to wait where it is woken when it is over."""
+    facade = make_facade(grace=20.0)
+    cleaning, release = threading.Event(), threading.Event()
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.sleep(3600)
+        finally:
+            cleaning.set()
+            while not release.is_set():
+                await asyncio.sleep(0.001)
+
+    stream = facade.iterate_sync(source)
+    assert next(stream) == 0
+    waits = in_thread(next, stream, "no more")
+    until(lambda: stream._pipe.hungry)
+    closes = in_thread(stream.close)
+    assert cleaning.wait(10)
+    if not callers_drive:  # else it looks all the time
+        looks: list[int] = []
+        look = stream._loop.look
+        monkeypatch.setattr(stream._loop, "look", lambda call: looks.append(1) or look(call))
+        stream._waiter.release()
+        until(lambda: bool(looks))
+    release.set()
+    assert waits.result(20) == "no more"
+    assert closes.result(20) is None
+
+
+@pytest.mark.usefixtures("no_second_look")
+def test_next_ends_when_another_thread_closes_a_stream_that_does_not_end(
+    make_facade: Callable[..., SyncFacade], in_thread: Callable[..., Future[Any]]
+) -> None:
+    """A generator that ignores its cancellation holds next() no longer than close(): until the grace is over."""
+    facade = make_facade(grace=0.05)
+    release = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            while not release.is_set():
+                try:
+                    await release.wait()
+                except asyncio.CancelledError:
+                    pass
+
+    async def let_go() -> None:
+        release.set()
+
+    stream = facade.iterate_sync(source)
+    assert next(stream) == 0
+    waits = in_thread(next, stream, "no more")
+    until(lambda: stream._pipe.hungry)
+    stream.close()
+    assert waits.result(20) == "no more"
+    facade.call_sync(let_go)
+    until(lambda: facade.in_flight() == [])
+    assert facade.stats().orphans == 1
+
+
+def test_stream_ends_when_its_own_caller_step_closes_it(facade: SyncFacade) -> None:
+    """close() may come in the middle of next() on the same thread, too: from a step, or from a signal's handler."""
+    held: list[Any] = []
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        await run_on_caller(held[0].close)
+        yield 1
+
+    held.append(facade.iterate_sync(source))
+    assert list(held[0]) == [0]
+    assert facade.in_flight() == []
+
+
 def test_item_timeout_ends_the_stream_when_one_item_takes_too_long(facade: SyncFacade) -> None:
     """The limit is one item's: items that came are kept, the late one raises, the generator ends."""
     source = Source(wait_after=2)

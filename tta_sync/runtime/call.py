@@ -206,7 +206,10 @@ class Call:
                 self.why = DEADLINE
                 self.loop.post(self.loop.cancel, self)
                 break
-            item = work.popleft()
+            try:
+                item = work.popleft()
+            except IndexError:  # refused just now, by a stream's close() on another thread
+                break
             if not item.claim():
                 continue
             result = error = None

@@ -369,10 +369,10 @@ class DrivenLoop(ManagedLoop):
         """Drive until there is something to see about *call*; where another drives, wait for it."""
         self._wait(call, seconds, call.began)  # one that has not begun is told by its first step, or by its deadline
 
-    def wait_at_most(self, call: Call, seconds: float) -> None:
-        self._wait(call, seconds, True)
+    def wait_at_most(self, call: Call, seconds: float, lock: Any) -> None:
+        self._wait(call, seconds, True, lock)
 
-    def _wait(self, call: Call, seconds: float, timed: bool) -> None:
+    def _wait(self, call: Call, seconds: float, timed: bool, lock: Any = None) -> None:
         timer = None
         held_back: HeldBack | None = None
         mark: list[int] = [native.get_ident()]
@@ -394,7 +394,7 @@ class DrivenLoop(ManagedLoop):
                     self._armed = True
                     self._ring()
                 # A baton that is put down is offered by a wake-up; were one lost, a poll would find it.
-                call.lock.acquire(True, min(seconds, POLL))
+                (lock or call.lock).acquire(True, min(seconds, POLL))
         finally:
             try:
                 call.waiting = False  # type: ignore[attr-defined]

@@ -459,9 +459,12 @@ class ManagedLoop:
         """Wait until there may be something to see about *call*, *seconds* at most; -1 is for ever."""
         call.lock.acquire(True, seconds)
 
-    def wait_at_most(self, call: Call, seconds: float) -> None:
-        """Wait as :meth:`wait` does, also for a call that may not have begun, and not for longer."""
-        self.wait(call, seconds)
+    def wait_at_most(self, call: Call, seconds: float, lock: Any) -> None:
+        """Wait as :meth:`wait` does, also for a call that may not have begun, and not for longer.
+
+        *lock* is the current thread's: the call's may be another's by now, who closes the stream.
+        """
+        lock.acquire(True, seconds)
 
     def submit(self, call: Call) -> None:
         """Queue *call* and wake the loop. The caller looks after FIRST_WAIT whether it has begun."""

@@ -7,6 +7,10 @@ Who owns what: ``buffer`` is appended by the loop and taken by the consumer (ato
 before it waits and cleared by the pump before it wakes it; ``paused`` the other way round. Each side looks again after
 setting its flag, so no wake-up is lost. The pump holds the pipe, not the iterator: an iterator that nobody holds any
 more is collected, and closes the generator.
+
+One thread at a time is in ``next()``, but another may close the stream meanwhile. ``_waiter`` is what the first waits
+on: set before it looks whether the stream has ended, read by ``close()`` after it has said so. What the generator ends
+with is then told by ``close()``.
 """
 
 from __future__ import annotations
@@ -106,6 +110,7 @@ class Stream(Iterator[T]):
         self._pipe = pipe
         self._call = call
         self._item_timeout = item_timeout
+        self._waiter: Any = None
         try:
             loop.calls[call] = None
             if max_in_flight is not None or loop.refusing:
@@ -140,17 +145,18 @@ class Stream(Iterator[T]):
 
     def _wait(self) -> None:
         """Wait until there is an item; raise StopIteration, or what ended the stream, where none comes."""
-        if self._ended:
-            raise StopIteration
         call, pipe, loop = self._call, self._pipe, self._loop
         buffer = pipe.buffer
-        call.lock = loop.thread_lock()  # the iterator may have been handed to another thread
+        lock = self._waiter = loop.thread_lock()  # the iterator may have been handed to another thread
+        if self._ended:
+            raise StopIteration
+        call.lock = lock
         limit = None if self._item_timeout is None else time.monotonic() + self._item_timeout
         wait = 0.0
         try:
             while True:
                 pipe.hungry = True
-                if buffer or call.done:
+                if buffer or call.done or call.left:  # another thread closes it, or has
                     break
                 wait = loop.look(call)
                 if call.done or wait == 0.0:
@@ -162,7 +168,7 @@ class Stream(Iterator[T]):
                     wait = min(wait, remaining)
                 if buffer:
                     break
-                loop.wait_at_most(call, wait)
+                loop.wait_at_most(call, wait, lock)
         except BaseException:
             pipe.hungry = False
             self._ended = True
@@ -170,12 +176,15 @@ class Stream(Iterator[T]):
             self._leave()
             raise
         pipe.hungry = False
-        if not buffer:
+        self._waiter = None
+        if self._ended or not buffer:
             self._finish()
             raise StopIteration
 
     def _finish(self) -> None:
-        """End the stream: raise what ended it, if anything did."""
+        """End the stream: raise what ended it, if anything did, unless it was closed meanwhile."""
+        if self._ended:
+            return
         self._ended = True
         call = self._call
         error = call.error
@@ -189,12 +198,14 @@ class Stream(Iterator[T]):
     def close(self) -> None:
         """Run the generator's ``aclose`` on the loop and wait for it, up to the facade's grace; harmless when repeated.
 
-        What the generator's clean-up raises comes out.
+        What the generator's clean-up raises comes out. A ``next()`` that waits on another thread ends as the iteration
+        does, once this is over.
         """
         if self._ended:
             return
         self._ended = True
         call = self._call
+        waiter = self._waiter
         error: BaseException | None = None
         try:
             if not call.done:
@@ -202,6 +213,11 @@ class Stream(Iterator[T]):
                 error = self._loop.abandon(call, CLOSED)
         finally:
             self._leave()
+            if waiter is not None:
+                call.lock = waiter
+                call.wake()
+                if not call.done:  # and the waiter may turn the loop
+                    self._loop.post(call.wake)
         if error is not None and not isinstance(error, asyncio.CancelledError):
             try:
                 raise error
@@ -210,7 +226,8 @@ class Stream(Iterator[T]):
 
     def _leave(self) -> None:
         self._pipe.buffer.clear()
-        self._loop.leave(self._call)
+        if not self._call.left:  # by close(), while next() was interrupted on another thread
+            self._loop.leave(self._call)
 
     def __enter__(self) -> Stream[T]:
         return self
