@@ -521,3 +521,10 @@ def test_method_of_the_users_own_is_left_alone_when_it_is_named_peek(facade):
             return data
 
     assert facade.run_sync(Own(), 1) == facade.run_sync(Foreign(), 1) == 1
+
+
+def test_stop_iteration_from_a_pools_thread_comes_out(facade):
+    """asyncio's future refuses it: to_thread(next, ...) would wait for ever, as on asyncio's own loop in 3.11."""
+    with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+        facade.call_sync(asyncio.to_thread, next, iter(()), timeout=30)
+    assert isinstance(caught.value.__cause__, StopIteration)

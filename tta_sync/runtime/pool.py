@@ -64,6 +64,11 @@ class DaemonPool(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = fn(*args, **kwargs)
+                except StopIteration as error:  # an asyncio future refuses it, and its waiter would wait for ever
+                    refused = RuntimeError("a function on a thread raised StopIteration")
+                    refused.__cause__ = error
+                    future.set_exception(refused)
+                    del refused
                 except BaseException as error:
                     future.set_exception(error)
                 else:
