@@ -12,7 +12,7 @@ from rq.timeouts import JobTimeoutException, TimerDeathPenalty, UnixSignalDeathP
 
 from tta_sync import run_on_caller
 from tta_sync.facade import register_interrupt
-from tta_sync.runtime import call as call_module
+from tta_sync.runtime import call as call_module, loop
 from tta_sync.runtime.frames import running_frame
 
 
@@ -473,6 +473,41 @@ def test_both_calls_are_cleaned_up_when_an_interrupt_meets_a_nested_one(facade, 
         facade.call_sync(outer)
     assert caught.value is error
     assert cleaned == ["inner", "outer"]
+    works(facade)
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_clean_up_is_not_cut_when_the_loop_is_faster_than_the_caller(facade, monkeypatch, works, in_a_task):
+    """The coroutine learns that its step was interrupted before the caller has given the call up: one cancellation."""
+    cleaning, steps = threading.Event(), []
+    abandon = loop.ManagedLoop.abandon
+
+    def late(self, call, *why):
+        steps.append(cleaning.wait(20))
+        return abandon(self, call, *why)
+
+    def strike():
+        raise KeyboardInterrupt
+
+    async def outer():
+        try:
+            if in_a_task:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(run_on_caller(strike))
+            else:
+                await run_on_caller(strike)
+        finally:
+            cleaning.set()
+            await asyncio.sleep(0.05)
+            steps.append("cleaned")
+
+    if facade.drive == "caller":
+        cleaning.set()  # the loop turns no faster than the caller turns it
+    monkeypatch.setattr(loop.ManagedLoop, "abandon", late)
+    with pytest.raises(KeyboardInterrupt):
+        facade.call_sync(outer)
+    assert steps == [True, "cleaned"]
+    monkeypatch.undo()
     works(facade)
 
 

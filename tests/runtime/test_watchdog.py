@@ -14,7 +14,7 @@ import pytest
 
 from tta_sync import events
 from tta_sync.facade import SyncFacade
-from tta_sync.runtime import watchdog
+from tta_sync.runtime import native, watchdog
 
 
 @pytest.fixture
@@ -187,3 +187,19 @@ def test_process_goes_on_when_the_collector_meets_thread_locals_while_frames_are
         """
     )
     assert ended.said == ["looked"]
+
+
+def test_calls_are_made_without_it_when_its_thread_cannot_be_started(
+    make_facade: Callable[..., SyncFacade], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have no thread to give, for a moment: better a loop that nobody watches than none."""
+    start = native.start_new_thread
+
+    def reluctant(function: Any, arguments: tuple[Any, ...], *rest: Any) -> int:
+        if "tta_sync-watchdog" in arguments:
+            raise RuntimeError("can't start new thread")
+        return start(function, arguments, *rest)
+
+    monkeypatch.setattr(native, "start_new_thread", reluctant)
+    facade = make_facade()
+    assert facade.call_sync(asyncio.sleep, 0, 42, timeout=20) == 42

@@ -3,7 +3,7 @@
 Who owns what:
 
 * ``fn`` to ``context``: written by the caller before submission, then read only, but for :meth:`Call.expire_now`.
-* ``task``, ``began``, ``timer``: the loop thread only.
+* ``task``, ``began``, ``timer``, ``cancelled``: the loop thread only.
 * ``result``, ``error``: written by the loop thread before ``done``, read by the caller after it, and before it sets
   ``left``: nobody reads the error of a call that has ended and been left, and it is dropped.
 * ``why``: the reason to give up, written once by whoever gives up first; both sides read it.
@@ -58,6 +58,7 @@ class Call:
         "answered",
         "args",
         "began",
+        "cancelled",
         "context",
         "deadline",
         "done",
@@ -98,6 +99,7 @@ class Call:
     error: BaseException | None
     why: str | None
     began: bool
+    cancelled: bool
     done: bool
     left: bool
     sent: bool
@@ -155,10 +157,14 @@ class Call:
         self.expire()
         return True
 
-    def cancel(self) -> None:
-        """Cancel what runs. Loop thread only."""
+    def cancel(self, again: bool = False) -> None:
+        """Cancel what runs, once: several may find out that the call is to end, and its clean-up must not be cut.
+
+        Loop thread only.
+        """
         # A task that is cancelled before its first step never enters its coroutine; that step sees `why` instead.
-        if self.began and self.task is not None:
+        if self.began and self.task is not None and (again or not self.cancelled):
+            self.cancelled = True
             if self.why is DEADLINE and self.context is not None:
                 context = self.context.get(running_context)
                 if context is not None and context.deadline is not None and context.deadline.at == self.deadline:
@@ -217,7 +223,9 @@ class Call:
                 result = item.context.run(item.fn, *item.args)
             except INTERRUPTS:
                 # A signal landed in user code: it ends the call, the step only learns that it was cancelled.
-                self.loop.post(item.future.cancel)
+                if self.why is None:
+                    self.why = INTERRUPTED
+                self.loop.post(self._cancel_with, item.future)
                 raise
             except BaseException as raised:
                 error = raised
@@ -226,6 +234,14 @@ class Call:
             del item, result, error
         if work:
             self.refuse_work()
+
+    def _cancel_with(self, step: asyncio.Future[Any]) -> None:
+        """Cancel the call and, should another task of its wait for that, the *step* as well. Loop thread only.
+
+        Not one after the other: a coroutine that is told of the step first would be cancelled in its clean-up.
+        """
+        self.loop.cancel(self)
+        step.cancel()
 
     def _remember(self, item: Work, result: Any, error: BaseException | None) -> None:
         answered = self.answered

@@ -178,8 +178,14 @@ class ManagedLoop:
         except IndexError:
             return
         prepare()
-        self._spawn(self.watchdog.watch, "tta_sync-watchdog")
+        self._start_watchdog()
         self._run_forever()
+
+    def _start_watchdog(self) -> None:
+        try:
+            self._spawn(self.watchdog.watch, "tta_sync-watchdog")
+        except RuntimeError as error:  # the system has no thread to give: better a loop without than none
+            logger.warning("blocking calls are not reported: the watchdog cannot be started: %s", error)
 
     def discard(self) -> None:
         """Throw away a loop that was never started."""
@@ -390,7 +396,7 @@ class ManagedLoop:
         call.ident = native.get_ident()
         call.started = time.monotonic()
         call.result = call.error = call.task = call.timer = call.work = call.answered = call.why = None
-        call.began = call.done = call.left = call.sent = False
+        call.began = call.cancelled = call.done = call.left = call.sent = False
         try:
             call.lock = self._local.lock
         except AttributeError:
@@ -567,7 +573,7 @@ class ManagedLoop:
         if call.why is None:
             call.why = INTERRUPTED
         self.orphans.add(call)
-        self.post(self.cancel, call)  # perhaps once more: a second interrupt may have come before the first time
+        self.post(self.cancel, call, True)  # once more: it may have swallowed the first
         if call.done:  # it ended just now
             self.orphans.discard(call)
             call.forget()
@@ -752,7 +758,7 @@ class ManagedLoop:
             return False
         return id(task) not in queued
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Call, again: bool = False) -> None:
         """Give *call* up, whatever state it is in. Loop thread only."""
         self._drain()  # it may still be in the queue
         if call.done:
@@ -762,7 +768,7 @@ class ManagedLoop:
         elif call.task.done():
             self._finish_for(call.task, call)
         else:
-            call.cancel()
+            call.cancel(again)
 
 
 def _start_named(target: Callable[[], object], name: str) -> None:
