@@ -372,7 +372,7 @@ def test_caller_with_little_time_leaves_early_and_harms_nobody(patient_url: str)
     async def main() -> None:
         link = link_to(patient_url)
         await link.ask("PING")
-        slow = asyncio.ensure_future(link.ask("DEBUG", "SLEEP", "0.04"))
+        slow = asyncio.ensure_future(link.ask("DEBUG", "SLEEP", "0.6"))
         await asyncio.sleep(0)
         with pytest.raises(RedisDown, match="the time that this call has left"):
             await link.ask("PING", limit=0.005)
