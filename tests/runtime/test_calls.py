@@ -326,6 +326,7 @@ def test_caller_drives_when_it_handles_an_exception_and_nobody_else_comes(make_f
     managed = facade._loop
     idle = threading.Event()
     monkeypatch.setattr(managed, "_stand_by", lambda: (idle.set(), release.wait(20)))
+    managed._wake_standby()  # it may doze by now
     assert idle.wait(20)
     try:
         raise Secret
