@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import ctypes
 import os
 import secrets
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +24,9 @@ from typing import Any
 
 import pytest
 
-from tta_sync.redis import find_redis_server
+from tta_sync.facade import call_sync
+from tta_sync.primitives.performance.wire import LIMIT, RedisDown, Refused
+from tta_sync.redis import endpoint, find_redis_server
 
 # Processes that outlive a test on purpose: the session's servers.
 _servers: set[int] = set()
@@ -57,6 +62,49 @@ def eventually(condition: Callable[[], Any], *, within: float = 20.0, what: str 
 def _eventually() -> Callable[..., Any]:
     """The bounded poll, as a fixture: ``eventually(lambda: ..., within=5, what="...")``."""
     return eventually
+
+
+# --------------------------------------------------------------------------------------------------------- tasks
+
+
+def _begins_at_once(
+    loop: asyncio.AbstractEventLoop, coroutine: Any, context: contextvars.Context | None = None, **options: Any
+) -> asyncio.Task[Any]:
+    """What asyncio.eager_task_factory of 3.12 does: the first step now, the others in a task."""
+
+    @types.coroutine
+    def others(awaited: Any) -> Any:
+        while not ended:
+            try:
+                value = yield awaited
+            except BaseException as error:
+                awaited = step(coroutine.throw, error)
+            else:
+                awaited = step(coroutine.send, value)
+        return ended[0]
+
+    async def go_on(awaited: Any) -> Any:
+        return await others(awaited)
+
+    def step(resume: Any, value: Any) -> Any:
+        try:
+            return resume(value)
+        except StopIteration as stop:
+            ended.append(stop.value)
+
+    ended: list[Any] = []
+    context = context or contextvars.copy_context()
+    awaited = context.run(step, coroutine.send, None)
+    return asyncio.Task(go_on(awaited), loop=loop, context=context, **options)
+
+
+@pytest.fixture
+def eager_task_factory() -> Callable[..., asyncio.Task[Any]]:
+    """``asyncio.eager_task_factory``, or the like of it on Python 3.11, which has none."""
+    return getattr(asyncio, "eager_task_factory", _begins_at_once)
+
+
+# ---------------------------------------------------------------------------------------------------------- ports
 
 
 def free_port() -> int:
@@ -145,6 +193,26 @@ def redis_url(redis_server: RedisServer) -> str:
     """The URL of the session's redis-server, emptied for this test."""
     redis_server.flush()
     return redis_server.url
+
+
+@pytest.fixture
+def patient_redis_url(redis_url: str) -> Iterator[str]:
+    """The same for tests that are not about time: what the process asks of that server may take long."""
+    place = endpoint(redis_url)
+
+    async def ping() -> Any:
+        return await place.link.ask("PING", force=True)
+
+    def answers() -> bool:
+        try:
+            return call_sync(ping) is not None
+        except (RedisDown, Refused):
+            return False
+
+    place.bounds.limit = 10.0
+    eventually(answers, what="an answer of the session's Redis")  # emptying it cut the connections of before
+    yield redis_url
+    place.bounds.limit = LIMIT
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,15 @@ import redis
 from tta_sync.cli import cache as command, main
 from tta_sync.cli.embedded_redis import EmbeddedRedis
 from tta_sync.context import WorkflowContext
-from tta_sync.facade import call_sync, run_sync
+from tta_sync.facade import run_sync
 from tta_sync.primitives.performance import CachePrimitive, RedisBackend
-from tta_sync.primitives.performance.wire import LIMIT, RedisDown, Refused
-from tta_sync.redis import endpoint
-
-
-def met_again(place: Any) -> None:
-    """Let the managed loop find out that the server was made as good as new: it cut all connections."""
-
-    async def ping() -> Any:
-        return await place.link.ask("PING", force=True)
-
-    for _ in range(100):
-        try:
-            call_sync(ping)
-            return
-        except (RedisDown, Refused):
-            time.sleep(0.01)
-    pytest.fail("the session's Redis does not answer")
 
 
 @pytest.fixture
-def url(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(patient_redis_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The session's Redis, which REDIS_URL names."""
-    place = endpoint(redis_url)
-    place.bounds.limit = 10.0
-    met_again(place)
-    monkeypatch.setenv("REDIS_URL", redis_url)
-    yield redis_url
-    place.bounds.limit = LIMIT
+    monkeypatch.setenv("REDIS_URL", patient_redis_url)
+    return patient_redis_url
 
 
 class Step:

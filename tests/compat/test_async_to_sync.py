@@ -1390,7 +1390,7 @@ def _this_task() -> weakref.ref[asyncio.Task[Any]]:
     return weakref.ref(task)
 
 
-def test_every_waiter_is_told_when_the_loop_dies(collect: Callable[..., None]) -> None:
+def test_every_waiter_is_told_when_the_loop_dies(collect: Callable[..., None], eventually: Callable[..., Any]) -> None:
     """The call, and a foreign loop that waits for its caller's thread, get an error; the next call gets a new loop."""
     facade = SyncFacade()
     left: list[weakref.ref[asyncio.Task[Any]]] = []
@@ -1412,8 +1412,8 @@ def test_every_waiter_is_told_when_the_loop_dies(collect: Callable[..., None]) -
         await asyncio.to_thread(ready.wait, PATIENCE)
         asyncio.get_running_loop()._run_once = _broken  # type: ignore[attr-defined]  # from the next turn on
         go.set()
-        while not asgiref.sync.AsyncToSync.executors.current._foreign:  # no turn: it is posted, and never taken
-            time.sleep(0.001)
+        executor = asgiref.sync.AsyncToSync.executors.current
+        eventually(lambda: executor._foreign)  # no turn: it is posted, and never taken
         await below
 
     with pytest.raises(TTASyncError):
@@ -1426,7 +1426,9 @@ def test_every_waiter_is_told_when_the_loop_dies(collect: Callable[..., None]) -
     contextvars.copy_context().run(collect, *left)
 
 
-def test_work_is_refused_at_once_when_the_loop_has_died_under_a_busy_caller(collect: Callable[..., None]) -> None:
+def test_work_is_refused_at_once_when_the_loop_has_died_under_a_busy_caller(
+    collect: Callable[..., None], eventually: Callable[..., Any]
+) -> None:
     """A thread that hands work to a caller whose loop is closed is told so, also while that caller is still busy."""
     facade = SyncFacade()
     left: list[weakref.ref[asyncio.Task[Any]]] = []
@@ -1436,8 +1438,7 @@ def test_work_is_refused_at_once_when_the_loop_has_died_under_a_busy_caller(coll
         executor = asgiref.sync.AsyncToSync.executors.current
         loop._run_once = _broken
         loop.call_soon_threadsafe(int)
-        while not loop.is_closed():
-            time.sleep(0.001)
+        eventually(loop.is_closed)
         asking = threading.Thread(target=lambda: refused.append(_refusal(executor)), daemon=True)
         asking.start()
         asking.join(PATIENCE)

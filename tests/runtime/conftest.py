@@ -111,6 +111,18 @@ def facade(make_facade: Callable[..., SyncFacade]) -> SyncFacade:
 
 
 @pytest.fixture
+def replace_standby(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``replace_standby(loop, fn)``: from now on the standby driver calls *fn* where it would wait to be needed."""
+
+    def replace(managed: Any, fn: Callable[[], object]) -> None:
+        monkeypatch.setattr(managed, "_stand_by", fn)
+        managed._wake_standby()  # it may doze
+        managed.loop.call_soon_threadsafe(managed._halt)  # or turn the loop
+
+    return replace
+
+
+@pytest.fixture
 def works() -> Callable[[SyncFacade], None]:
     """``works(facade)``: fail unless the next call is answered, and nothing is in flight after it."""
 

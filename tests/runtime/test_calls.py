@@ -316,26 +316,6 @@ def test_deadline_holds_when_the_caller_handles_an_exception(facade, expires):
     assert cancelled
 
 
-def test_caller_drives_when_it_handles_an_exception_and_nobody_else_comes(make_facade, callers_drive, monkeypatch):
-    """A standby driver that does not come leaves no caller without an answer."""
-    if not callers_drive:
-        pytest.skip("the loop has a thread of its own")
-    monkeypatch.setattr(driven, "LOOK_AGAIN", 0.05)
-    facade, release = make_facade(), threading.Event()
-    facade.call_sync(add, 1, 2)
-    managed = facade._loop
-    idle = threading.Event()
-    monkeypatch.setattr(managed, "_stand_by", lambda: (idle.set(), release.wait(20)))
-    managed._wake_standby()  # it may doze by now
-    assert idle.wait(20)
-    try:
-        raise Secret
-    except Secret:
-        assert facade.call_sync(add, 1, 2, timeout=20) == 3
-    finally:
-        release.set()
-
-
 # ------------------------------------------------------------------------------------------------------- refusal
 
 

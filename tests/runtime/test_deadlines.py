@@ -206,7 +206,9 @@ def test_queued_caller_steps_never_start_when_the_deadline_has_passed(facade, wo
     assert started == ["slow"]
 
 
-def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_deadline(facade, in_thread, works):
+def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_deadline(
+    facade, in_thread, works, eventually
+):
     """The same while the loop, which watches the clock, is blocked: the caller looks itself before each step."""
     started, inside, release = [], threading.Event(), threading.Event()
 
@@ -225,8 +227,7 @@ def test_queued_caller_steps_never_start_when_the_loop_is_late_to_notice_the_dea
         await asyncio.gather(run_on_caller(slow), run_on_caller(started.append, "queued"))
 
     turning = in_thread(facade.call_sync, turn)
-    while not facade.in_flight():
-        time.sleep(0.001)
+    eventually(facade.in_flight)
     threading.Timer(0.9, release.set).start()
     begun = time.monotonic()
     with pytest.raises(DeadlineExceededError):

@@ -65,14 +65,15 @@ until(lambda: facade.in_flight() and facade.in_flight()[0].state == "running")
     ),
     "thread step that blocks": (
         """
+blocking = []
 @thread_step
 def block(data):
     say("blocking")
+    blocking.append(data)
     time.sleep(60)
 threading.Thread(target=facade.run_sync, args=(block, 1), daemon=True).start()
 threading.Thread(target=facade.run_sync, args=(block, 1)).start()
-until(lambda: len(facade.in_flight()) == 2)
-time.sleep(0.1)
+until(lambda: len(blocking) == 2)
 """,
         ["blocking"] * 2,
     ),
@@ -179,7 +180,9 @@ assert facade.call_sync(begin) == 1
     ),
     "streams whose clean-up takes too long": (
         """
+begun = []
 async def numbers():
+    begun.append(1)
     try:
         while True:
             await asyncio.sleep(0.01)
@@ -191,8 +194,7 @@ async def consume():
         pass
 threading.Thread(target=lambda: list(facade.iterate_sync(numbers)), daemon=True).start()
 threading.Thread(target=facade.call_sync, args=(consume,), daemon=True).start()
-until(lambda: [record.state for record in facade.in_flight()] == ["running"] * 2)
-time.sleep(0.05)
+until(lambda: len(begun) == 2)
 """,
         [],
     ),

@@ -371,7 +371,7 @@ def test_second_interrupt_ends_the_grace_when_it_comes_during_it(make_facade, in
     eventually(lambda: facade.in_flight() == [])
 
 
-def test_queued_call_never_begins_when_its_caller_is_interrupted(facade, interrupt, in_thread, works):
+def test_queued_call_never_begins_when_its_caller_is_interrupted(facade, interrupt, in_thread, works, eventually):
     """A call that the interrupt meets in the queue, behind a blocked loop, is given up and never begun."""
     inside, release, begun = threading.Event(), threading.Event(), []
 
@@ -386,15 +386,13 @@ def test_queued_call_never_begins_when_its_caller_is_interrupted(facade, interru
     assert inside.wait(20)
 
     def strike():
-        while not any(record.state == "queued" for record in facade.in_flight()):
-            time.sleep(0.001)
+        eventually(lambda: any(record.state == "queued" for record in facade.in_flight()))
         interrupt(Alarm())
-        time.sleep(0.05)
-        release.set()
 
     striking = in_thread(strike)
     with pytest.raises(Alarm):
         facade.call_sync(late)
+    release.set()
     striking.result(20)
     blocking.result(20)
     works(facade)

@@ -17,7 +17,7 @@ HEARD_WITHIN = 4.0
 
 
 @pytest.fixture
-def waiters(facade, in_thread):
+def waiters(facade, in_thread, eventually):
     """Four calls that wait for ``waiters.release()``; ``waiters.hear()``: what each got, within 4 s each."""
 
     class Waiters:
@@ -52,8 +52,7 @@ def waiters(facade, in_thread):
             return [call.exception(0) or call.result() for call in self.calls]
 
     waiters = Waiters()
-    while len(waiters.waiting) < 4:
-        time.sleep(0.001)
+    eventually(lambda: len(waiters.waiting) == 4)
     yield waiters
     waiters.release()
 
@@ -508,7 +507,7 @@ def test_caller_hears_when_others_cancel_its_task(facade, works):
     works(facade)
 
 
-def test_caller_hears_when_others_cancel_its_task_before_its_first_step(facade, in_thread, works):
+def test_caller_hears_when_others_cancel_its_task_before_its_first_step(facade, in_thread, works, eventually):
     """A task cancelled before its first step never enters the coroutine: its caller hears of it all the same."""
     entered, queued = threading.Event(), threading.Event()
 
@@ -526,9 +525,7 @@ def test_caller_hears_when_others_cancel_its_task_before_its_first_step(facade, 
     killing = in_thread(facade.call_sync, killer)
     assert entered.wait(20)
     call = in_thread(facade.call_sync, victim)
-    while not any(record.state == "queued" for record in facade.in_flight()):
-        time.sleep(0.001)
-    time.sleep(0.01)
+    eventually(lambda: any(record.state == "queued" for record in facade.in_flight()))
     queued.set()
     assert isinstance(call.exception(HEARD_WITHIN), (asyncio.CancelledError, type(None)))
     killing.result(20)

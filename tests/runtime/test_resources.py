@@ -5,7 +5,6 @@ import contextvars
 import os
 import threading
 import time
-import types
 from contextlib import asynccontextmanager
 
 import anyio
@@ -150,37 +149,8 @@ def test_resource_is_closed_before_what_it_uses_when_one_opens_another(facade, l
     assert log == ["open inner", "open outer", "close outer", "close inner"]
 
 
-def begins_at_once(loop, coroutine, context=None, **options):
-    """What asyncio.eager_task_factory of 3.12 does: the first step now, the others in a task."""
-
-    @types.coroutine
-    def others(awaited):
-        while not ended:
-            try:
-                value = yield awaited
-            except BaseException as error:
-                awaited = step(coroutine.throw, error)
-            else:
-                awaited = step(coroutine.send, value)
-        return ended[0]
-
-    async def go_on(awaited):
-        return await others(awaited)
-
-    def step(resume, value):
-        try:
-            return resume(value)
-        except StopIteration as stop:
-            ended.append(stop.value)
-
-    ended = []
-    context = context or contextvars.copy_context()
-    awaited = context.run(step, coroutine.send, None)
-    return asyncio.Task(go_on(awaited), loop=loop, context=context, **options)
-
-
 @pytest.mark.parametrize("opens", ["at once", "after a while", "never"])
-def test_resource_is_opened_when_tasks_begin_at_once(facade, opens):
+def test_resource_is_opened_when_tasks_begin_at_once(facade, eager_task_factory, opens):
     """An eager task may have opened it, or failed to, before the one who asked has seen the task."""
     log = []
 
@@ -198,7 +168,7 @@ def test_resource_is_opened_when_tasks_begin_at_once(facade, opens):
 
     async def uses():
         loop = asyncio.get_running_loop()
-        loop.set_task_factory(getattr(asyncio, "eager_task_factory", begins_at_once))
+        loop.set_task_factory(eager_task_factory)
         try:
             return await shared
         finally:
@@ -234,7 +204,7 @@ def test_factory_is_tried_again_when_it_failed(facade):
     facade.shutdown()
 
 
-def test_every_waiter_gets_its_own_error_when_the_factory_fails(facade, in_thread):
+def test_every_waiter_gets_its_own_error_when_the_factory_fails(facade, in_thread, eventually):
     """Waiters of a factory that fails get the failure each as an object of their own, with a short traceback."""
     waiting, release = [], threading.Event()
 
@@ -252,8 +222,7 @@ def test_every_waiter_gets_its_own_error_when_the_factory_fails(facade, in_threa
         return await shared
 
     calls = [in_thread(facade.call_sync, uses) for _ in range(8)]
-    while len(waiting) < 8:
-        time.sleep(0.001)
+    eventually(lambda: len(waiting) == 8)
     release.set()
     errors = [call.exception(20) for call in calls]
     assert {str(error) for error in errors} == {"down"}
@@ -266,7 +235,7 @@ def test_every_waiter_gets_its_own_error_when_the_factory_fails(facade, in_threa
         assert frames <= 12
 
 
-def test_opening_goes_on_for_the_others_when_the_first_caller_is_cancelled(facade, in_thread, log, expires):
+def test_opening_goes_on_for_the_others_when_the_first_caller_is_cancelled(facade, in_thread, log, expires, eventually):
     """The opening belongs to all who wait: the first caller's deadline does not take it from the second one."""
     gate = threading.Event()
 
@@ -280,8 +249,7 @@ def test_opening_goes_on_for_the_others_when_the_first_caller_is_cancelled(facad
     shared = facade.resource(client)
     expires(facade.call_sync, use(shared), timeout=0.05)
     second = in_thread(facade.call_sync, use(shared))
-    while not facade.in_flight():
-        time.sleep(0.001)
+    eventually(facade.in_flight)
     gate.set()
     assert second.result(20) == "a #1"
     assert log == ["open a"]

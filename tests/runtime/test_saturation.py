@@ -9,7 +9,7 @@ import pytest
 from tta_sync.exceptions import DeadlineExceededError, SaturatedError
 
 
-def test_call_is_refused_at_once_when_the_facade_is_full(make_facade, in_thread, works):
+def test_call_is_refused_at_once_when_the_facade_is_full(make_facade, in_thread, works, eventually):
     """One call too many is refused at once, with a positive retry_after in seconds; a free place is taken again."""
     facade = make_facade(max_in_flight=2)
     inside, release, begun = [], threading.Event(), []
@@ -23,8 +23,7 @@ def test_call_is_refused_at_once_when_the_facade_is_full(make_facade, in_thread,
         begun.append(1)
 
     held = [in_thread(facade.call_sync, hold) for _ in range(2)]
-    while len(inside) < 2:
-        time.sleep(0.001)
+    eventually(lambda: len(inside) == 2)
     before = time.monotonic()
     with pytest.raises(SaturatedError) as caught:
         facade.call_sync(never)
@@ -80,7 +79,7 @@ def test_nobody_is_refused_when_as_many_threads_call_as_may(make_facade, in_thre
         future.result(60)
 
 
-def test_late_thread_is_refused_when_it_was_preempted_on_its_way_in(make_facade, in_thread, monkeypatch):
+def test_late_thread_is_refused_when_it_was_preempted_on_its_way_in(make_facade, in_thread, monkeypatch, eventually):
     """A thread that is preempted anywhere between its first step and its admission does not get in over the limit."""
     facade = make_facade(max_in_flight=1)
     inside, release = [], threading.Event()
@@ -113,10 +112,9 @@ def test_late_thread_is_refused_when_it_was_preempted_on_its_way_in(make_facade,
         early = in_thread(preempted)
         held.wait(3)  # where nobody looks at the clock on the way in, there is nothing to be preempted
         late = in_thread(facade.call_sync, work)
-        while not inside:
-            time.sleep(0.001)
+        eventually(lambda: inside)
         go_on.set()
-        time.sleep(0.05)
+        eventually(lambda: early.done() or late.done() or len(inside) > 1)
     release.set()
     outcomes = [future.exception(20) for future in (early, late)]
     assert len(inside) == 1, f"{len(inside)} calls were inside at once"

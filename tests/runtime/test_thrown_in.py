@@ -77,12 +77,11 @@ def test_original_comes_out_when_it_could_be_the_loops_own_failure(run_program, 
     assert ended.said == ["10 10 10 0"]
 
 
-def test_original_comes_out_when_it_strikes_while_the_bell_is_rung(monkeypatch, works):
+def test_original_comes_out_when_it_strikes_while_the_bell_is_rung(monkeypatch, works, eventually):
     """A handler's TimeoutError in the middle of the ring is no trouble with the bell: it is not taken for one."""
     facade = SyncFacade()
     works(facade)
-    while facade._loop._armed:  # else nobody rings for the next call: the loop is still about to look
-        time.sleep(0.001)
+    eventually(lambda: not facade._loop._armed)  # else nobody rings for the next call: the loop is about to look
     ring = os.eventfd_write
 
     def struck(*arguments):
@@ -293,7 +292,24 @@ def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, work
             busy.result(20)
 
 
-def test_next_call_gets_a_new_loop_when_the_standby_driver_is_struck(driven_facade, works, monkeypatch, eventually):
+def test_caller_drives_when_it_handles_an_exception_and_nobody_else_comes(
+    driven_facade, works, replace_standby, monkeypatch
+):
+    """A standby driver that does not come leaves no caller without an answer."""
+    monkeypatch.setattr(driven, "LOOK_AGAIN", 0.05)
+    works(driven_facade)
+    idle, release = threading.Event(), threading.Event()
+    replace_standby(driven_facade._loop, lambda: (idle.set(), release.wait(20)))
+    assert idle.wait(20)
+    try:
+        raise Struck
+    except Struck:
+        works(driven_facade)
+    finally:
+        release.set()
+
+
+def test_next_call_gets_a_new_loop_when_the_standby_driver_is_struck(driven_facade, works, replace_standby, eventually):
     """What is thrown into it ends the loop, in order: even where it held the baton, and could not put it down."""
 
     class Thrown(BaseException):
@@ -306,7 +322,7 @@ def test_next_call_gets_a_new_loop_when_the_standby_driver_is_struck(driven_faca
         if managed._take([native.get_ident()]):
             raise Thrown
 
-    monkeypatch.setattr(managed, "_stand_by", struck)
+    replace_standby(managed, struck)
     eventually(lambda: managed.dead, what="the end of the loop")
     assert isinstance(managed.death, Thrown)
     works(driven_facade)

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,38 +25,11 @@ from flask.views import MethodView
 from tta_sync import events
 from tta_sync.context import current_context
 from tta_sync.exceptions import ConfigurationError, RateLimitedError
-from tta_sync.facade import call_sync, run_sync
+from tta_sync.facade import run_sync
 from tta_sync.flask import TTASync, remote_address
 from tta_sync.primitives.core.base import step
 from tta_sync.primitives.performance.stores import RedisBackend
-from tta_sync.primitives.performance.wire import LIMIT, RedisDown, Refused
-from tta_sync.redis import endpoint
 from tta_sync.testing import FakeClock
-
-
-def met_again(place: Any) -> None:
-    """Let the managed loop find out that the server was made as good as new: it cut all connections."""
-
-    async def ping() -> Any:
-        return await place.link.ask("PING", force=True)
-
-    for _ in range(100):
-        try:
-            call_sync(ping)
-            return
-        except (RedisDown, Refused):
-            time.sleep(0.01)
-    pytest.fail("the session's Redis does not answer")
-
-
-@pytest.fixture
-def url(redis_url: str) -> Iterator[str]:
-    """The session's Redis, with which these tests have patience: few of them are about time."""
-    place = endpoint(redis_url)
-    place.bounds.limit = 10.0
-    met_again(place)
-    yield redis_url
-    place.bounds.limit = LIMIT
 
 
 @pytest.fixture

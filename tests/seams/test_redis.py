@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import redis
 import redis.asyncio
 from hypothesis import given, settings, strategies as st
 
-from tta_sync import call_sync, run_sync, step
+from tta_sync import run_sync, step
 from tta_sync.context import Deadline, WorkflowContext
 from tta_sync.exceptions import (
     CircuitOpenError,
@@ -33,35 +32,9 @@ from tta_sync.exceptions import (
 )
 from tta_sync.primitives import CachePrimitive, CircuitBreakerPrimitive, RateLimitPrimitive, TimeoutPrimitive
 from tta_sync.primitives.performance import RedisBackend
-from tta_sync.primitives.performance.wire import LIMIT, RedisDown, Refused
 from tta_sync.primitives.recovery.rate_limit import decide
 from tta_sync.redis import IdempotencyStore, RedisCircuitHints, RedisRateStore, endpoint
 from tta_sync.testing.clock import FakeClock
-
-
-def met_again(place: Any) -> None:
-    """Let the managed loop find out that the server was made as good as new: it cut all connections."""
-
-    async def ping() -> Any:
-        return await place.link.ask("PING", force=True)
-
-    for _ in range(100):
-        try:
-            call_sync(ping)
-            return
-        except (RedisDown, Refused):
-            time.sleep(0.01)
-    pytest.fail("the session's Redis does not answer")
-
-
-@pytest.fixture
-def url(redis_url: str) -> Iterator[str]:
-    """The session's Redis, with which these tests have patience: few of them are about time."""
-    place = endpoint(redis_url)
-    place.bounds.limit = 10.0
-    met_again(place)
-    yield redis_url
-    place.bounds.limit = LIMIT
 
 
 async def answer(data: Any) -> Any:

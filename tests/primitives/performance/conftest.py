@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +11,7 @@ from hypothesis import settings
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext
-from tta_sync.facade import call_sync
 from tta_sync.primitives.core.base import WorkflowPrimitive
-from tta_sync.primitives.performance.wire import RedisDown, Refused
 from tta_sync.testing.clock import FakeClock
 
 settings.register_profile("unhurried", deadline=None, database=None)
@@ -84,22 +81,3 @@ def call(clock: FakeClock) -> Callable[..., Any]:
         return asyncio.run(cache.execute(data, WorkflowContext(clock=clock, **options)))
 
     return run
-
-
-@pytest.fixture
-def met_again() -> Callable[[Any], None]:
-    """``met_again(place)``: let the managed loop find out that a server that was made as good as new cut it off."""
-
-    def meet(place: Any) -> None:
-        async def ping() -> Any:
-            return await place.link.ask("PING", force=True)
-
-        for _ in range(100):
-            try:
-                call_sync(ping)
-                return
-            except (RedisDown, Refused):
-                time.sleep(0.01)
-        pytest.fail("the session's Redis does not answer")
-
-    return meet

@@ -6,7 +6,6 @@ import asyncio
 import collections
 import datetime
 import random
-import sys
 import threading
 import time
 from typing import Any
@@ -553,14 +552,13 @@ def test_stale_result_answers_while_it_is_refreshed_when_soft_ttl_has_passed(
     assert cache.get_stats()["hits"] == 7
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="3.11 has no eager tasks")
-def test_stale_result_is_refreshed_when_tasks_begin_eagerly(step: Any, clock: Any) -> None:
+def test_stale_result_is_refreshed_when_tasks_begin_eagerly(step: Any, clock: Any, eager_task_factory: Any) -> None:
     """The refresh does its first steps before its task is known to anybody."""
     step.answer = lambda data: step.calls
     cache = CachePrimitive(step, ttl=100, soft_ttl=10, jitter=0)
 
     async def main() -> None:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+        asyncio.get_running_loop().set_task_factory(eager_task_factory)
         context = WorkflowContext(clock=clock)
         assert await cache.execute(1, context) == 1
         clock.jump(10)

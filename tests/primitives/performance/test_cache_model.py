@@ -16,8 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tta_sync.context import WorkflowContext
 from tta_sync.primitives import MISS
 from tta_sync.primitives.performance import CachePrimitive, InMemoryBackend
-from tta_sync.primitives.performance.wire import LIMIT
-from tta_sync.redis import endpoint
 from tta_sync.testing.clock import FakeClock
 
 TTL, SOFT, STALE, NEGATIVE = 10.0, 6.0, 5.0, 2.0
@@ -225,12 +223,9 @@ def test_own_backend_behaves_like_the_model_whatever_happens() -> None:
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    place = endpoint(redis_url)
-    place.bounds.limit = 10.0  # this is not about time
-    with redis.Redis.from_url(redis_url) as client:
+def client(patient_redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(patient_redis_url) as client:
         yield client
-    place.bounds.limit = LIMIT
 
 
 def test_redis_behaves_like_the_model_whatever_happens(client: redis.Redis) -> None:

@@ -25,19 +25,14 @@ from tta_sync.exceptions import ConfigurationError, LoopUnavailableError
 from tta_sync.primitives import TimeoutPrimitive
 from tta_sync.primitives.core.base import MISS
 from tta_sync.primitives.performance import CacheBackend, CachePrimitive, RedisBackend
-from tta_sync.primitives.performance.wire import LIMIT
 from tta_sync.redis import endpoint
 
 
 @pytest.fixture
-def client(redis_url: str, met_again: Callable[[Any], None]) -> Iterator[redis.Redis]:
+def client(patient_redis_url: str) -> Iterator[redis.Redis]:
     """A plain client beside the cache, to look at what is stored; the cache is patient with this server."""
-    place = endpoint(redis_url)
-    place.bounds.limit = 10.0
-    met_again(place)
-    with redis.Redis.from_url(redis_url) as client:
+    with redis.Redis.from_url(patient_redis_url) as client:
         yield client
-    place.bounds.limit = LIMIT
 
 
 @pytest.fixture

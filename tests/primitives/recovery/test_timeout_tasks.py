@@ -61,6 +61,13 @@ class Tasks:
         assert self.task.cancelling() == 0
         return result
 
+    async def outlive(
+        self, workflow: WorkflowPrimitive[Any, Any], context: WorkflowContext, lasting: float = 0.0
+    ) -> Any:
+        """Begin *workflow* in a step that lasts that long, within its limit of 1 s; return what comes of its task."""
+        assert await TimeoutPrimitive(self.starting(workflow, lasting), 1.0).execute("x", context) == "started"
+        return await self.outcome()
+
 
 @pytest.fixture
 def tasks() -> Tasks:
@@ -80,8 +87,7 @@ def test_task_is_cut_at_its_own_limit_when_the_step_that_started_it_has_ended(ta
     background = TimeoutPrimitive(tasks.work(10), 3.0)
 
     async def main(context: WorkflowContext) -> Any:
-        assert await TimeoutPrimitive(tasks.starting(background, 0.5), 1.0).execute("x", context) == "started"
-        return await tasks.outcome()
+        return await tasks.outlive(background, context, 0.5)
 
     error = run(main)
     assert isinstance(error, StepTimeoutError)
@@ -94,8 +100,7 @@ def test_task_goes_on_past_the_limit_of_a_step_that_has_ended(tasks: Tasks) -> N
     background = TimeoutPrimitive(tasks.work(3), 5.0)
 
     async def main(context: WorkflowContext) -> Any:
-        await TimeoutPrimitive(tasks.starting(background, 0.0), 1.0).execute("x", context)
-        return await tasks.outcome()
+        return await tasks.outlive(background, context)
 
     assert run(main) == "worked"
     assert tasks.ended == [("returned", 3.0)]
@@ -112,8 +117,7 @@ def test_task_that_blocks_is_not_blamed_for_a_limit_that_is_over(tasks: Tasks) -
     background = TimeoutPrimitive(step(block), 5.0)
 
     async def main(context: WorkflowContext) -> Any:
-        await TimeoutPrimitive(tasks.starting(background, 0.0), 1.0).execute("x", context)
-        return await tasks.outcome()
+        return await tasks.outlive(background, context)
 
     assert run(main) == "worked"
 
@@ -137,9 +141,7 @@ def test_task_of_a_task_has_its_own_limit_when_both_that_started_it_have_ended(t
             context.clock.jump(1.0)  # type: ignore[attr-defined]  # to 1.6: the limit was not looked at before
 
     async def main(context: WorkflowContext) -> Any:
-        background = TimeoutPrimitive(step(start), 5.0)
-        await TimeoutPrimitive(tasks.starting(background, 0.0), 1.0).execute("x", context)
-        assert await tasks.outcome() is None
+        assert await tasks.outlive(TimeoutPrimitive(step(start), 5.0), context) is None
         return (await asyncio.gather(*begun, return_exceptions=True))[0]
 
     assert isinstance(run(main), StepTimeoutError)
@@ -159,9 +161,7 @@ def test_task_of_a_task_goes_by_a_limit_that_was_put_off(tasks: Tasks) -> None:
         await context.clock.sleep(1.0)
 
     async def main(context: WorkflowContext) -> Any:
-        background = TimeoutPrimitive(step(start), 5.0)
-        await TimeoutPrimitive(tasks.starting(background, 0.0), 1.0).execute("x", context)
-        assert await tasks.outcome() is None
+        assert await tasks.outlive(TimeoutPrimitive(step(start), 5.0), context) is None
         return (await asyncio.gather(*begun, return_exceptions=True))[0]
 
     assert isinstance(run(main), StepTimeoutError)
@@ -175,8 +175,7 @@ def test_limit_inside_a_limit_in_a_task_strikes_in_its_time(tasks: Tasks) -> Non
     background = TimeoutPrimitive(RetryPrimitive(inner, max_retries=0), 8.0)
 
     async def main(context: WorkflowContext) -> Any:
-        await TimeoutPrimitive(tasks.starting(background, 0.5), 1.0).execute("x", context)
-        return await tasks.outcome()
+        return await tasks.outlive(background, context, 0.5)
 
     error = run(main)
     assert isinstance(error, StepTimeoutError)
@@ -243,8 +242,7 @@ def test_task_waits_in_a_line_past_the_limit_of_a_step_that_has_ended(tasks: Tas
     async def main(context: WorkflowContext) -> Any:
         before = [asyncio.create_task(line.execute("x", context)) for _ in range(2)]
         await asyncio.sleep(0)
-        await TimeoutPrimitive(tasks.starting(line, 0.5), 1.0).execute("x", context)
-        assert await tasks.outcome() == "worked"
+        assert await tasks.outlive(line, context, 0.5) == "worked"
         await asyncio.gather(*before)
 
     run(main)
@@ -304,8 +302,7 @@ def test_task_is_cut_by_the_deadline_when_that_comes_before_its_limit(tasks: Tas
     background = TimeoutPrimitive(tasks.work(10), 5.0)
 
     async def main(context: WorkflowContext) -> Any:
-        await TimeoutPrimitive(tasks.starting(background, 0.5), 1.0).execute("x", context)
-        return await tasks.outcome()
+        return await tasks.outlive(background, context, 0.5)
 
     assert isinstance(run(main, deadline=2.0), DeadlineExceededError)
     assert tasks.ended == [("CancelledError", 2.0)]
