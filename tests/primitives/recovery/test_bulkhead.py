@@ -28,6 +28,14 @@ from tta_sync.primitives.recovery import BulkheadPrimitive, TimeoutPrimitive
 from tta_sync.primitives.recovery.line import Place, call_next
 from tta_sync.testing import FakeClock
 
+EXAMPLES = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
 
 class Room:
     """A step that knows how many are inside it, and how many there ever were at a time."""
@@ -273,8 +281,177 @@ def test_place_of_a_loop_that_was_closed_is_passed_over() -> None:
         assert alive.called
         line.append(gone)
         assert not call_next(line)
+        assert not gone.called  # it has no permit to give back when it is collected
 
     asyncio.run(main())
+
+
+class Loops:
+    """Two loops, of which one turns at a time, as on threads that run theirs for one call after the other."""
+
+    def __init__(self, limited: Callable[..., BulkheadPrimitive[Any, Any]], *args: Any) -> None:
+        self.both = [asyncio.new_event_loop(), asyncio.new_event_loop()]
+        self.clock = FakeClock(autojump_threshold=None)
+        self.doors: dict[int, asyncio.Future[Any]] = {}  # of those inside
+        self.tasks: list[dict[int, asyncio.Task[Any]]] = [{}, {}]
+        self.bulkhead = limited(self.stay, *args)
+
+    async def stay(self, number: int) -> int:
+        door = self.doors[number] = asyncio.get_running_loop().create_future()
+        try:
+            await door
+        finally:
+            del self.doors[number]
+        return number
+
+    def come(self, which: int, number: int) -> None:
+        call = self.bulkhead.execute(number, WorkflowContext(clock=self.clock))
+        self.tasks[which][number] = self.both[which].create_task(call)
+        self.turn(which)
+
+    def go(self, number: int) -> None:
+        """Let the call that is inside leave, and turn its loop."""
+        self.doors[number].set_result(None)
+        self.turn(int(number in self.tasks[1]))
+
+    def turn(self, which: int) -> None:
+        async def ticks() -> None:
+            for _ in range(12):
+                await asyncio.sleep(0)
+
+        self.both[which].run_until_complete(ticks())
+
+    def waiting(self, which: int) -> list[int]:
+        return [n for n, task in self.tasks[which].items() if not task.done() and n not in self.doors]
+
+    def close(self) -> None:
+        for which, loop in enumerate(self.both):
+            for task in self.tasks[which].values():
+                task.cancel()
+            self.turn(which)
+            for task in self.tasks[which].values():
+                assert task.cancelled() or task.exception() is None or isinstance(task.exception(), BulkheadFullError)
+            loop.close()
+        assert (self.bulkhead.in_use, self.bulkhead.waiting, self.doors) == (0, 0, {})
+
+
+def test_calls_of_a_loop_that_stands_still_keep_nobody_waiting() -> None:
+    """They are passed over, and go back to the front of the line when their loop turns."""
+    loops = Loops(bulkhead, 1, 3)
+    for which, number in ((0, 1), (1, 2), (0, 3), (0, 4)):
+        loops.come(which, number)
+    assert (list(loops.doors), loops.bulkhead.waiting) == ([1], 3)
+    loops.go(1)
+    assert (list(loops.doors), loops.bulkhead.waiting) == ([3], 1)
+    loops.turn(1)
+    assert (list(loops.doors), loops.bulkhead.waiting) == ([3], 2)
+    loops.come(1, 5)
+    loops.come(1, 6)
+    assert isinstance(loops.tasks[1][6].exception(), BulkheadFullError)
+    loops.both[1].is_running = lambda: True  # type: ignore[method-assign]  # at this moment, on its thread
+    loops.go(3)
+    del loops.both[1].is_running
+    loops.turn(1)
+    assert list(loops.doors) == [2]
+    loops.close()
+
+
+def test_call_that_was_passed_over_is_let_in_when_there_is_room_by_then() -> None:
+    loops = Loops(bulkhead, 1, 3)
+    loops.come(0, 1)
+    loops.come(1, 2)
+    loops.go(1)
+    assert loops.bulkhead.in_use == 0
+    loops.turn(1)
+    assert list(loops.doors) == [2]
+    loops.close()
+
+
+def test_call_that_was_passed_over_is_refused_when_its_time_is_up_by_then() -> None:
+    loops = Loops(bulkhead, 1, 3, 5.0)
+    loops.come(0, 1)
+    loops.come(1, 2)
+    loops.go(1)
+    loops.clock.jump(5.0)
+    loops.turn(1)
+    assert isinstance(loops.tasks[1][2].exception(), BulkheadFullError)
+    loops.close()
+
+
+class LoopsMachine(RuleBasedStateMachine):
+    """Calls come on two loops, end and are cancelled in any order; nobody waits for what stands still."""
+
+    kind: type[BulkheadPrimitive[Any, Any]] = BulkheadPrimitive
+
+    @initialize(inside=st.integers(1, 2))
+    def build(self, inside: int) -> None:
+        self.inside = inside
+        self.numbers = itertools.count()
+        self.loops = Loops(lambda room, *args: self.kind(step(room), *args), inside, 4)
+
+    def teardown(self) -> None:
+        if hasattr(self, "loops"):
+            self.loops.close()
+
+    def check(self, which: int) -> None:
+        assert len(self.loops.doors) <= self.inside
+        assert not self.loops.waiting(which) or len(self.loops.doors) == self.inside
+
+    @rule(which=st.integers(0, 1))
+    def come(self, which: int) -> None:
+        self.loops.come(which, next(self.numbers))
+        self.check(which)
+
+    @precondition(lambda self: self.loops.doors)
+    @rule(pick=st.integers(0, 1))
+    def go(self, pick: int) -> None:
+        number = list(self.loops.doors)[pick % len(self.loops.doors)]
+        self.loops.go(number)
+        self.check(int(number in self.loops.tasks[1]))
+
+    @rule(which=st.integers(0, 1), victim=st.none() | st.integers(0, 9))
+    def turn(self, which: int, victim: int | None) -> None:
+        tasks = list(self.loops.tasks[which].values())
+        if tasks and victim is not None:
+            tasks[victim % len(tasks)].cancel()
+        self.loops.turn(which)
+        self.check(which)
+
+
+class WaitsForWhatStandsStill(BulkheadPrimitive[Any, Any]):
+    """A permit goes to the first in line, whether its loop turns or not."""
+
+    def _leave(self) -> None:
+        with self._lock:
+            if not self._line:
+                self._in_use -= 1
+                return
+            place = self._line.popleft()
+            place.called = True
+            place.loop.call_soon_threadsafe(place._wake)
+
+
+class ForgetsWhomItPassesOver(BulkheadPrimitive[Any, Any]):
+    """Who was passed over waits for a call that does not come."""
+
+    def _line_up_again(self, place: Place) -> None: ...
+
+
+def test_nobody_waits_for_what_stands_still_in_any_order() -> None:
+    run_state_machine_as_test(LoopsMachine, settings=EXAMPLES)
+
+
+@pytest.mark.parametrize("twin", [WaitsForWhatStandsStill, ForgetsWhomItPassesOver])
+def test_wrong_twins_keep_somebody_waiting(twin: type[BulkheadPrimitive[Any, Any]]) -> None:
+    """The rules above can tell a right bulkhead from a wrong one."""
+
+    class Machine(LoopsMachine):
+        kind = twin
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            Machine, settings=settings(EXAMPLES, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
+        )
 
 
 def test_forked_child_starts_with_an_empty_bulkhead() -> None:
@@ -452,15 +629,6 @@ class BulkheadMachine(RuleBasedStateMachine):
             assert self.bulkhead.in_use == len(self.inside)
             assert self.bulkhead.waiting == len(self.line)
             assert sorted(self.doors) == sorted(self.inside)
-
-
-EXAMPLES = settings(
-    max_examples=40,
-    stateful_step_count=40,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def test_bulkhead_agrees_with_a_count_by_hand_in_any_order() -> None:

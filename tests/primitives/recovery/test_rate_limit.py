@@ -347,6 +347,90 @@ def test_line_goes_on_when_the_loop_of_its_head_was_closed() -> None:
     asyncio.run(main())
 
 
+def test_newcomer_waits_when_the_first_in_line_is_about_to_take_its_turn() -> None:
+    """The token is there, and the one whose turn it is has not woken yet."""
+    log, clock = Log(), FakeClock(autojump_threshold=None)
+    api = limited(log, 1.0, mode="wait")
+
+    async def main() -> None:
+        context = WorkflowContext(clock=clock)
+        await api.execute("at once", context)
+        first = asyncio.create_task(api.execute("first", context))
+        while not api._limit.line:
+            await asyncio.sleep(0)
+        newcomer = asyncio.create_task(api.execute("newcomer", context))
+        clock.jump(1.0)
+        await first
+        clock.jump(1.0)
+        await newcomer
+
+    asyncio.run(main())
+    assert log.calls == [(0.0, "at once"), (1.0, "first"), (2.0, "newcomer")]
+
+
+def test_only_the_first_in_line_looks_at_the_clock() -> None:
+    """However long the line, a token wakes one call."""
+    clock = FakeClock(autojump_threshold=None)
+    api = limited(Log(), 1.0, mode="wait")
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(api.execute(n, WorkflowContext(clock=clock))) for n in range(6)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (len(api._limit.line), len(clock._timers)) == (5, 1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_calls_of_a_loop_that_stands_still_keep_nobody_waiting(first: bool) -> None:
+    """Whether it knew that it was the first in line or not: it is passed over, and has its turn when its loop turns."""
+    log, clock = Log(), FakeClock(autojump_threshold=None)
+    api = limited(log, 1.0, mode="wait")
+    here, other = asyncio.new_event_loop(), asyncio.new_event_loop()
+    tasks = []
+
+    async def ticks() -> None:
+        for _ in range(12):
+            await asyncio.sleep(0)
+
+    def turn(loop: asyncio.AbstractEventLoop) -> None:
+        if loop is other:
+            here.is_running = lambda: True  # type: ignore[method-assign]  # all the time, on its thread
+        loop.run_until_complete(ticks())
+        vars(here).pop("is_running", None)
+
+    def come(loop: asyncio.AbstractEventLoop, data: str) -> None:
+        tasks.append(loop.create_task(api.execute(data, WorkflowContext(clock=clock))))
+        turn(loop)
+
+    come(here, "at once")
+    if first:
+        come(other, "left")
+    come(here, "a")
+    if not first:
+        come(other, "left")
+    come(here, "b")
+    for _ in range(2):
+        clock.jump(1.0)
+        turn(here)
+    assert log.calls == [(0.0, "at once"), (1.0, "a"), (2.0, "b")]
+    turn(other)
+    clock.jump(1.0)
+    turn(other)
+    assert log.calls[3:] == [(3.0, "left")]
+    come(other, "c")
+    clock.jump(1.0)
+    turn(other)
+    assert log.calls[4:] == [(4.0, "c")]
+    assert not api._limit.line
+    for loop in (here, other):
+        loop.close()
+
+
 # ---- properties, and twins that must not have them --------------------
 
 

@@ -16,6 +16,7 @@ from tta_sync.primitives.core.base import WorkflowPrimitive, step
 from tta_sync.primitives.recovery import (
     BulkheadPrimitive,
     CircuitBreakerPrimitive,
+    RateLimitPrimitive,
     RetryPrimitive,
     TimeoutPrimitive,
 )
@@ -233,6 +234,22 @@ def test_task_that_an_orphan_starts_is_free_when_the_orphan_has_ended() -> None:
         return await begun[0]
 
     assert run(main) == "worked"
+
+
+def test_task_waits_for_its_turn_past_the_limit_of_a_step_that_has_ended(tasks: Tasks) -> None:
+    limit = RateLimitPrimitive(tasks.work(0), 1.0, mode="wait")
+
+    async def main(context: WorkflowContext) -> Any:
+        await limit.execute("x", context)
+        await context.clock.sleep(0.5)
+        late = asyncio.create_task(tasks.outlive(limit, context, 0.2))
+        while not limit._limit.line:
+            await asyncio.sleep(0)
+        limit._limit.arrival += 1.0  # taken by one that was passed over, and has come back to the front
+        assert await late == "worked"
+
+    run(main)
+    assert tasks.ended == [("returned", 0.0), ("returned", 2.0)]
 
 
 @pytest.mark.parametrize("max_wait", [None, 10.0])

@@ -135,8 +135,12 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
             raise self._full(context)
         try:
             await place.wait(clock, end)
-            while not place.called and end != (end := _earlier(cut_off(context), latest)):
-                await place.wait(clock, end)  # the limit of a step that had started this task, and has ended
+            while not place.called:
+                end = _earlier(cut_off(context), latest)  # later, once a step which has started this task has ended
+                if end is not None and end <= clock.monotonic():
+                    break
+                self._line_up_again(place)
+                await place.wait(clock, end)
         except BaseException as error:
             if self._abandon(place):
                 self._leave()  # called and cancelled in the same moment: the permit goes on to the next
@@ -147,6 +151,14 @@ class BulkheadPrimitive(WorkflowPrimitive[In, Out]):
             if deadline is not None and deadline.at <= clock.monotonic():
                 raise not_called(DeadlineExceededError(deadline.seconds))
             raise self._full(context)
+
+    def _line_up_again(self, place: Place) -> None:
+        """Put *place* back in line, or let it in, if it was passed over."""
+        with self._lock:
+            if place.passed_over:
+                place.line_up_again(self._line)
+                if self._in_use < self.max_concurrent and call_next(self._line):
+                    self._in_use += 1
 
     def _abandon(self, place: Place) -> bool:
         """Leave the line; say whether a permit was given before."""

@@ -265,21 +265,26 @@ class RateLimitPrimitive(WorkflowPrimitive[In, Out]):
         if place is None:
             raise self._refusal(wait, context)
         try:
-            if not place.called:
-                await place.wait(clock, end)
             while True:
                 with self._lock:
+                    if place.passed_over:
+                        place.line_up_again(line)
+                        lead(line)
                     now = clock.monotonic()
                     wait, arrival = decide(limit.arrival, now, self._interval, self._tolerance)
                     in_time = end is None or now + wait < end
                     if place.called and not wait and in_time:
                         limit.arrival = arrival
                         return
-                if not place.called or not in_time:  # those before it were late, or the loop was
+                if not in_time:  # those before it were late, or the loop was
                     if context.deadline is not None and context.deadline.at <= now:
                         raise not_called(DeadlineExceededError(context.deadline.seconds))
                     raise self._refusal(wait, context)
-                await clock.sleep(wait)
+                if place.called:
+                    await clock.sleep(wait)
+                else:
+                    await place.wait(clock, end)
+                end = cut_off(context)  # later, once a step which has started this task has ended
         finally:
             with self._lock:
                 if place in line:
