@@ -44,6 +44,7 @@ def test_blocking_call_is_reported_while_it_lasts(
     stalls: list[tuple[float, events.LoopStalled]],
     caplog: pytest.LogCaptureFixture,
     in_thread: Callable[..., Future[Any]],
+    eventually: Callable[..., Any],
     block: Callable[[float], None],
 ) -> None:
     """The report names task, file, line, function and how many wait, and comes before the block has ended."""
@@ -55,8 +56,13 @@ def test_blocking_call_is_reported_while_it_lasts(
         block(1.0)
         marks["end"] = time.monotonic()
 
+    async def wait() -> None:
+        while "end" not in marks:
+            await asyncio.sleep(0.01)
+
     with caplog.at_level(logging.WARNING, "tta_sync"):
-        waiting = in_thread(facade.call_sync, asyncio.sleep, 0.3)
+        waiting = in_thread(facade.call_sync, wait)
+        eventually(facade.in_flight)
         facade.call_sync(blocker)
         waiting.result(10)
     (when, stall), *more = stalls
