@@ -195,6 +195,54 @@ def test_process_goes_on_when_the_collector_meets_thread_locals_while_frames_are
     assert ended.said == ["looked"]
 
 
+@pytest.mark.parametrize("who", ["the watchdog", "a step's thread"])
+def test_collector_rests_when_another_threads_frames_are_looked_at(run_program: Callable[..., Any], who: str) -> None:
+    """A finalizer may let that thread run on while CPython makes an object of one of its frames: of memory, then."""
+    ended = run_program(
+        f"""
+        from tta_sync.primitives.core.threads import Errand
+        from tta_sync.runtime.frames import running_frame, user_frame
+
+        class Litter:
+            def __del__(self):
+                frame = sys._getframe(1)
+                seen.append(frame.f_lineno if frame.f_code in looks else None)
+                if looking:
+                    leave()
+
+        def leave():
+            litter = Litter()
+            litter.me = litter
+
+        # As deep in Python's own code as its file's name says: none of these frames is the user's.
+        code = "def go(depth, wait): go(depth - 1, wait) if depth else wait()"
+        exec(compile(code, threading.__file__, "exec"), deep := {{}})
+        gate = threading.Barrier(2, timeout=20)
+        thread = threading.Thread(target=deep["go"], args=(200, gate.wait))
+        thread.start()
+        until(lambda: gate.n_waiting)
+        errand = Errand("leave", leave, leave.__code__)
+        errand._thread = thread.ident
+        looks, looking, seen = (user_frame.__code__, Errand._where.__code__), True, []
+        leave()
+        gc.set_threshold(1)
+        if {who!r} == "the watchdog":
+            running_frame(thread.ident, user_frame)
+        else:
+            errand._where()
+        assert gc.isenabled()
+        gc.set_threshold(700)
+        looking = False
+        gc.collect()
+        assert seen
+        gate.wait()
+        thread.join()
+        say("collected in lines", [line for line in seen if line])
+        """
+    )
+    assert ended.said == ["collected in lines []"]
+
+
 def test_calls_are_made_without_it_when_its_thread_cannot_be_started(
     make_facade: Callable[..., SyncFacade], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import dis
 import gc
 import sys
 import sysconfig
+from collections.abc import Callable
 from functools import lru_cache
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -143,16 +144,20 @@ class _Looking:
 _looking = _Looking()
 
 
-def running_frame(ident: int) -> FrameType | None:
-    """Return the frame that thread *ident* executes now."""
+def running_frame(
+    ident: int, choose: Callable[[FrameType | None], FrameType | None] = lambda frame: frame
+) -> FrameType | None:
+    """Return the frame that thread *ident* executes now, or the one that *choose* finds from there outwards."""
     # CPython 3.11 allocates in there with its list of threads locked. Were that to start a collection, and this to free
     # a thread-local, which wants the same lock, the whole process would stand still for good (gh-106883).
+    # And it makes a frame's object when somebody asks for it, as f_back does. Were that to start a collection, and a
+    # finalizer to let the other thread run on meanwhile, the object would show memory that is no frame any more.
     with _looking.lock:
         enabled = gc.isenabled()
         try:
             _looking.collector_paused = enabled
             gc.disable()
-            return sys._current_frames().get(ident)
+            return choose(sys._current_frames().get(ident))
         finally:
             if enabled:
                 gc.enable()

@@ -595,13 +595,13 @@ class ManagedLoop:
         """Return the place in user code where *call* stands now, for people."""
         task = call.task
         if task is None or not call.began:
-            return "waiting for its turn; the loop is at " + place(user_frame(running_frame(self.ident)))
+            return "waiting for its turn; the loop is at " + place(running_frame(self.ident, user_frame))
         pipe = getattr(call.fn, "__self__", None)
         frame = innermost_user_frame(pipe.iterator) if isinstance(pipe, Pipe) else None
         if frame is None:
             frame = innermost_user_frame(task.get_coro())
         if frame is None or task is asyncio.current_task(self.loop):
-            frame = user_frame(running_frame(self.ident)) or frame
+            frame = running_frame(self.ident, user_frame) or frame
         return "at " + place(frame)
 
     def left_over(self) -> list[asyncio.Task[Any]]:

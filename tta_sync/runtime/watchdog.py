@@ -120,7 +120,7 @@ class Watchdog:
             now = time.monotonic()
             self.lag = now - asked
             if not reported:
-                frame = user_frame(running_frame(self._loop.ident))
+                frame = running_frame(self._loop.ident, user_frame)
                 if frame is None or suspect is None:
                     # Outside user code the loop waits for events or for the interpreter's lock: nothing to accuse.
                     seen_since = still_since = now

@@ -68,11 +68,13 @@ class Errand:
             return "an unknown place"
         enabled = gc.isenabled()
         try:
-            gc.disable()  # CPython 3.11 can deadlock if this starts a collection: gh-106883
+            # CPython 3.11 can deadlock if _current_frames starts a collection (gh-106883), and crash if f_back does,
+            # whose finalizers may let that thread run on while its frame is made an object.
+            gc.disable()
             frame = sys._current_frames().get(self._thread)  # gevent's threads go by other numbers
+            while frame is not None and frame.f_code is not code:
+                frame = frame.f_back
         finally:
             if enabled:
                 gc.enable()
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
         return f"{code.co_filename}:{code.co_firstlineno if frame is None else frame.f_lineno}"
