@@ -1090,36 +1090,45 @@ def test_left_over_work_is_told_that_its_caller_has_gone_when_the_call_is_interr
 
 def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() -> None:
     """What a foreign loop posts to a blocked loop is refused once that goes on, if the caller's deadline has passed."""
-    refused: list[type[BaseException]] = []
-    ready, go, told = threading.Event(), threading.Event(), threading.Event()
 
-    async def foreign() -> None:
-        ready.set()
-        go.wait(PATIENCE)
+    def refused_after(timeout: float) -> list[type[BaseException]] | None:
+        """What was refused; None if the time was over before the loop was blocked."""
+        refused: list[type[BaseException]] = []
+        ready, go, told, left = (threading.Event() for _ in range(4))
+
+        async def foreign() -> None:
+            ready.set()
+            go.wait(PATIENCE)
+            try:
+                await on_caller()
+            except RuntimeError as error:
+                refused.append(type(error))
+            told.set()
+
+        async def block() -> None:
+            below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
+            await asyncio.to_thread(ready.wait, PATIENCE)
+            go.set()
+            left.wait(PATIENCE)  # the loop stands still
+            await asyncio.shield(below)
+
+        facade = SyncFacade(default_timeout=timeout, grace=0.05)
         try:
-            await on_caller()
-        except RuntimeError as error:
-            refused.append(type(error))
-        told.set()
+            with pytest.raises(DeadlineExceededError):
+                facade.async_to_sync(block)()
+            if not go.is_set():
+                return None
+            left.set()
+            assert told.wait(PATIENCE)
+            return refused
+        finally:
+            go.set()
+            left.set()
+            facade.shutdown(1.0)
 
-    async def block() -> None:
-        below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
-        await asyncio.to_thread(ready.wait, PATIENCE)
-        go.set()
-        left.wait(PATIENCE)  # the loop stands still
-        await asyncio.shield(below)
-
-    left = threading.Event()
-    facade = SyncFacade(default_timeout=0.2, grace=0.05)
-    try:
-        with pytest.raises(DeadlineExceededError):
-            facade.async_to_sync(block)()
-        left.set()
-        assert told.wait(PATIENCE)
-        assert refused == [NoCallerError]
-    finally:
-        left.set()
-        facade.shutdown(1.0)
+    # A machine that stalls may let the time pass before the loop is blocked: then it gets more.
+    outcomes = (refused_after(0.2 * 2**more) for more in range(6))
+    assert next((refused for refused in outcomes if refused is not None), None) == [NoCallerError]
 
 
 async def _short() -> int:
