@@ -311,11 +311,9 @@ def test_callers_are_told_at_once_when_the_server_is_known_to_be_down(black_hole
             await link.ask("GET", "k")
         first = time.perf_counter() - began
         assert 0.09 <= first < 1
-        began = time.perf_counter()
         for _ in range(100):
             with pytest.raises(RedisDown):
-                await link.ask("GET", "k")
-        assert time.perf_counter() - began < first
+                link.ask("GET", "k").send(None)  # in its first step: it waits for nothing, whatever the machine does
         assert link.down
 
     asyncio.run(main())
