@@ -1106,7 +1106,7 @@ def test_work_is_refused_when_its_caller_left_before_the_loop_could_take_it() ->
             told.set()
 
         async def block() -> None:
-            below = asyncio.create_task(sync_to_async(asyncio.run, thread_sensitive=False)(foreign()))
+            below = asyncio.create_task(sync_to_async(lambda: asyncio.run(foreign()), thread_sensitive=False)())
             await asyncio.to_thread(ready.wait, PATIENCE)
             go.set()
             left.wait(PATIENCE)  # the loop stands still
