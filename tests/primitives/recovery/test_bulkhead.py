@@ -37,6 +37,13 @@ EXAMPLES = settings(
 )
 
 
+def check_fails(machine: type[RuleBasedStateMachine]) -> None:
+    with pytest.raises((AssertionError, KeyError)):
+        run_state_machine_as_test(
+            machine, settings=settings(EXAMPLES, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
+        )
+
+
 class Room:
     """A step that knows how many are inside it, and how many there ever were at a time."""
 
@@ -444,14 +451,7 @@ def test_nobody_waits_for_what_stands_still_in_any_order() -> None:
 @pytest.mark.parametrize("twin", [WaitsForWhatStandsStill, ForgetsWhomItPassesOver])
 def test_wrong_twins_keep_somebody_waiting(twin: type[BulkheadPrimitive[Any, Any]]) -> None:
     """The rules above can tell a right bulkhead from a wrong one."""
-
-    class Machine(LoopsMachine):
-        kind = twin
-
-    with pytest.raises(AssertionError):
-        run_state_machine_as_test(
-            Machine, settings=settings(EXAMPLES, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
-        )
+    check_fails(type("Machine", (LoopsMachine,), {"kind": twin}))
 
 
 def test_forked_child_starts_with_an_empty_bulkhead() -> None:
@@ -667,11 +667,4 @@ class LastComeFirstServed(BulkheadPrimitive[Any, Any]):
 @pytest.mark.parametrize("twin", [LosesPermits, LeavesGaps, LastComeFirstServed])
 def test_wrong_twins_fail_the_count(twin: type[BulkheadPrimitive[Any, Any]]) -> None:
     """The count by hand can tell a right bulkhead from a wrong one."""
-
-    class Machine(BulkheadMachine):
-        kind = twin
-
-    with pytest.raises((AssertionError, KeyError)):
-        run_state_machine_as_test(
-            Machine, settings=settings(EXAMPLES, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
-        )
+    check_fails(type("Machine", (BulkheadMachine,), {"kind": twin}))
