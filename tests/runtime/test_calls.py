@@ -316,6 +316,27 @@ def test_deadline_holds_when_the_caller_handles_an_exception(facade, expires):
     assert cancelled
 
 
+def test_async_generator_is_closed_on_the_loop_when_the_call_that_began_it_is_over(facade, eventually):
+    """Also where that call ended with its first step; and the caller's thread is left as it was."""
+    closed = []
+
+    async def numbers():
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            closed.append(asyncio.get_running_loop())
+
+    async def first():
+        assert asyncio.get_running_loop().is_running()
+        return await anext(numbers())
+
+    assert facade.call_sync(first) == 1
+    assert sys.get_asyncgen_hooks() == (None, None)
+    eventually(lambda: closed)
+    assert closed == [facade._loop.loop]
+
+
 # ------------------------------------------------------------------------------------------------------- refusal
 
 

@@ -131,21 +131,6 @@ def test_signal_that_interrupts_a_wait_is_no_news(bells, monkeypatch):
     assert bells.select(0.01) == []
 
 
-def test_looking_away_spares_one_look_and_no_wait(bells, bell, answers):
-    """One select that would not wait returns at once; the next one, and one that waits, look."""
-    os.eventfd_write(bell, 1)
-    bells.look_away = True
-    assert bells.select(0) == []
-    assert answers == []
-    bells.select(0)
-    assert answers == ["alone"]
-    os.eventfd_write(bell, 1)
-    bells.look_away = True
-    bells.select(5)
-    assert answers == ["alone"] * 2
-    assert not bells.look_away
-
-
 def test_wait_goes_on_when_the_answer_leaves_nothing_to_do(bells, bell, answers):
     """A bell ends a wait only where its answer gave the loop something to do; a descriptor always does."""
     here, there = socket.socketpair()
@@ -318,6 +303,28 @@ def test_background_work_goes_on_while_callers_drive_without_pause():
                 asyncio.get_running_loop().remove_reader(here)
 
             facade.call_sync(stop_listening)
+    finally:
+        facade.shutdown(0)
+
+
+def test_callbacks_go_on_while_callers_drive_without_pause():
+    """What is queued waits for so many calls at most that end with their first steps; none of these halts the loop."""
+    facade, called = SyncFacade(drive="caller"), []
+
+    async def queue():
+        asyncio.get_running_loop().call_soon(called.append, 1)
+
+    async def nothing():
+        pass
+
+    try:
+        for _ in range(3):
+            facade.call_sync(queue)
+            for _ in range(driven.UNPOLLED):
+                facade.call_sync(nothing)
+                assert not facade._loop.loop._stopping
+            assert called.pop()
+            assert not called
     finally:
         facade.shutdown(0)
 

@@ -24,6 +24,7 @@ import logging
 import sys
 import threading
 import time
+from asyncio.events import _set_running_loop
 from collections import deque
 from collections.abc import Sized
 from types import FrameType, TracebackType
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from tta_sync.exceptions import WouldDeadlockError
 from tta_sync.runtime import native
 from tta_sync.runtime.call import Call
+from tta_sync.runtime.first_steps import FirstStepLoop
 from tta_sync.runtime.frames import OUTER_EDGE
 from tta_sync.runtime.loop import LOOK_AGAIN, ManagedLoop, Totals
 from tta_sync.runtime.signals import HeldBack
@@ -48,11 +50,11 @@ DOZE = 0.5
 """Seconds between two looks of the standby driver: while calls come and go, and when nothing has happened for long."""
 
 UNPOLLED = 7
-"""Callers in a row that may do their call's first step before they look at the descriptors. What waits for one of
-those waits for so many first steps at most."""
+"""Callers in a row that may do their call's first step before they look what else the loop has to do. What waits for
+that waits for so many first steps at most."""
 
 
-class _Loop(asyncio.SelectorEventLoop):
+class _Loop(FirstStepLoop):
     """asyncio's loop. Where user code calls ``stop``, it is counted; the runtime itself calls ``halt``."""
 
     def __init__(self, totals: Totals, selector: BellSelector | None) -> None:
@@ -70,6 +72,10 @@ class _Loop(asyncio.SelectorEventLoop):
             "the loop is turned by whichever caller waits, and has no signals of its own: "
             "use signal.signal on the main thread"
         )
+
+    def stay(self) -> None:
+        """Forget that the loop was to be halted: it does not run any more."""
+        self._stopping = False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Keep what was thrown into this thread while the runtime's own code ran: it is for the driver, not the log."""
@@ -99,7 +105,7 @@ class DrivenCall(Call):
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         try:
-            super().finish(result, error)
+            Call.finish(self, result, error)  # half as dear as super() in Python 3.11
         finally:  # an exception thrown into this thread may strike in there
             driver = self.loop.driver
             if driver is self or (driver is None and self in self.loop._aside):  # the standby driver was called for it
@@ -132,7 +138,8 @@ class DrivenLoop(ManagedLoop):
         self._watched = 0  # the thread that turned the loop last
         self._watched_driver = 0  # its id: a reference would keep what the call was given
         self._watched_since = 0.0
-        self._unpolled = 0  # turns in a row that began without a look at the descriptors
+        self._unpolled = 0  # turns in a row that have done first steps and nothing else
+        self._main = threading.main_thread().ident  # a forked child, whose main thread is another, makes another loop
         self.driver: Call | None = None
         super().__init__(**options)
 
@@ -274,15 +281,17 @@ class DrivenLoop(ManagedLoop):
             self._watched = ident
             self.watchdog.notice_thread()
         try:
-            self._drain()
+            if call is not None and self._queue and self._unpolled < UNPOLLED:
+                self._unpolled += 1
+                self._begin_at_once(ident)
+            else:
+                self._unpolled = 0
+                self._drain()
             wanted = self.refusing or not self._is_wanted() if call is None else not call.done
             if wanted and not self.stopping:
-                if call is not None and self._unpolled < UNPOLLED and self._selector is not None:
-                    self._unpolled += 1
-                    self._selector.look_away = True  # the call's own first step first
-                else:
-                    self._unpolled = 0
                 self.loop.run_forever()
+            else:
+                self.loop.stay()
         except BaseException as error:
             if not _comes_from_a_callback(error):  # else the task that raised SystemExit or KeyboardInterrupt keeps it
                 broken = self._is_broken()
@@ -301,6 +310,23 @@ class DrivenLoop(ManagedLoop):
                 logger.error("an exception was thrown into the thread that turned the loop", exc_info=struck)
             finally:
                 del struck  # its traceback holds this frame: no cycle
+
+    def _begin_at_once(self, ident: int) -> None:
+        """Do the first steps of the calls in the queue. Most calls end with that, and spare the loop a turn.
+
+        What ``run_forever`` sets around a turn is set here around them.
+        """
+        loop: Any = self.loop
+        hooks = sys.get_asyncgen_hooks()
+        try:
+            loop._thread_id = ident
+            sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
+            _set_running_loop(loop)
+            ManagedLoop._drain(self, at_once=True)
+        finally:
+            loop._thread_id = None
+            _set_running_loop(None)
+            sys.set_asyncgen_hooks(*hooks)
 
     def _is_broken(self) -> bool:
         """Say whether the loop cannot go on: it was closed, or a descriptor of its own was, under it."""
@@ -383,7 +409,7 @@ class DrivenLoop(ManagedLoop):
             elif not self._broken and not self.stopping and self._take(mark):
                 if timed:
                     timer = self.loop.call_later(seconds, call.wake)
-                if mark[0] != threading.main_thread().ident:
+                if mark[0] != self._main:
                     self.turn(call)
                 else:
                     held_back = self._held_back = HeldBack(self, call)

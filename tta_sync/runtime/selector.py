@@ -33,14 +33,10 @@ class BellSelector(selectors.EpollSelector):
 
     *answer* hears whether the bell rang alone: else it must run no foreign code, which might close the descriptors that
     the loop is about to be told of. It says whether the loop has nothing else to do, and may go on waiting.
-
-    Whoever sets ``look_away`` spares the next ``select`` its look, if it would not wait: no system call, and nobody
-    gets the interpreter's lock meanwhile.
     """
 
     def __init__(self, bell: int, answer: Callable[[bool], bool]) -> None:
         super().__init__()
-        self.look_away = False
         self._bell = bell
         self._answer = answer
         self._waitable = [self.fileno()] if self.fileno() < SELECTABLE else None
@@ -51,11 +47,8 @@ class BellSelector(selectors.EpollSelector):
         """Do what every selector does; wait for *timeout* to within microseconds where it is short."""
         ready: list[tuple[selectors.SelectorKey, int]] = []
         keys = self._fd_to_key  # type: ignore[attr-defined]
-        look_away, self.look_away = self.look_away, False
         if timeout is None:
             timeout = -1
-        elif look_away and timeout <= 0:
-            return ready
         elif timeout <= 0:
             timeout = 0
         elif timeout >= SHORT or self._waitable is None:
