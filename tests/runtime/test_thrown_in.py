@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError
 from tta_sync.facade import SyncFacade
 from tta_sync.runtime import driven, loop, native
 
@@ -307,6 +307,30 @@ def test_caller_drives_when_it_handles_an_exception_and_nobody_else_comes(
         works(driven_facade)
     finally:
         release.set()
+
+
+def test_call_is_told_of_the_loop_when_that_was_closed_while_nobody_turned_it(
+    driven_facade, works, replace_standby, eventually
+):
+    """Not by asyncio's own error, which would look like one of the coroutine's; the next call gets a new loop."""
+    works(driven_facade)
+    managed = driven_facade._loop
+    idle = threading.Event()
+
+    def wait():  # until the caller has found out: else the standby driver may
+        idle.set()
+        eventually(lambda: managed._broken, what="the word of the caller")
+
+    replace_standby(managed, wait)
+    assert idle.wait(20)
+
+    async def queue():
+        asyncio.get_running_loop().call_soon(int)
+
+    managed.loop.close()
+    with pytest.raises(LoopUnavailableError):
+        driven_facade.call_sync(queue, timeout=20)
+    works(driven_facade)
 
 
 def test_next_call_gets_a_new_loop_when_the_standby_driver_is_struck(driven_facade, works, replace_standby, eventually):

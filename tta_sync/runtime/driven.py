@@ -317,6 +317,7 @@ class DrivenLoop(ManagedLoop):
         What ``run_forever`` sets around a turn is set here around them.
         """
         loop: Any = self.loop
+        loop._check_closed()
         hooks = sys.get_asyncgen_hooks()
         try:
             loop._thread_id = ident
