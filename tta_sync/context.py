@@ -410,12 +410,20 @@ def cut_off(context: WorkflowContext) -> float | None:
 class Caller(Protocol):
     """A synchronous thread that waits for a workflow and can be given work meanwhile."""
 
+    deadline: float | None
+    """When this caller cuts its call, on ``time.monotonic()``; None where that is somebody else's business."""
+    task: asyncio.Task[Any] | None
+    """What it cuts then; None where there is nothing yet, or no more."""
+
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run *fn* on the caller's thread.
 
         Raises:
             NoCallerError: the caller has left.
         """
+
+    def step_left_behind(self) -> str | None:
+        """Count a step that ran on after it was cut; "quietly" where nobody is left to read about it."""
 
 
 class Pool(Protocol):

@@ -176,6 +176,9 @@ class LaneCaller:
     """The caller of one job's steps (:class:`tta_sync.context.Caller`): a lane, borrowed at the job's first such step
     and kept until the job ends, so that a session stays on one thread."""
 
+    deadline: float | None = None  # the worker cuts its jobs itself
+    task: asyncio.Task[Any] | None = None
+
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._lane: Lane | None = None

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import asyncio
+
     from tta_sync.context import WorkflowContext
     from tta_sync.events import Event
     from tta_sync.testing.clock import FakeClock
@@ -46,6 +48,12 @@ def caller_here() -> Iterator[None]:
     from tta_sync.context import current_caller
 
     class Here:
+        deadline: float | None = None
+        task: asyncio.Task[Any] | None = None  # nothing for it to cut: the test waits inside the loop
+
+        def step_left_behind(self) -> None:
+            """Leave it to the test."""
+
         async def run(self, fn: Callable[..., Any], *args: Any) -> Any:
             return fn(*args)
 

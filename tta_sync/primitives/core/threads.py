@@ -53,9 +53,9 @@ class Errand:
         if self._ended:  # asked after: it may end at any moment, and takes itself out then
             abandoned.discard(self)
             return
-        count = getattr(current_caller.get(), "step_left_behind", None)
+        caller = current_caller.get()
         # While the process exits nobody reads this, and stderr is all that is left to print it.
-        level = logging.DEBUG if count is not None and count() == "quietly" else logging.WARNING
+        level = logging.DEBUG if caller is not None and caller.step_left_behind() == "quietly" else logging.WARNING
         reason = "its thread cannot be interrupted"
         events.logger.log(level, "%s runs on as an orphan: %s; it stands at %s", self._name, reason, self._where())
         if events.bus.emit is not None:

@@ -142,8 +142,9 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 outer = limit_in_force(outer)
             if outer is not None and outer <= at:
                 if outer <= now:
-                    name = call_name(self.primitive)
-                    raise not_called(StepTimeoutError(name, 0.0, "the limit around it had already passed"))
+                    raise not_called(
+                        StepTimeoutError(call_name(self.primitive), 0.0, "the limit around it had already passed")
+                    )
                 around = getattr(outer, "step", None)
                 if around is None or (
                     around.cr_running and (_current_task is None or outer.task is _current_task())  # type: ignore[attr-defined]
@@ -155,19 +156,10 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         if deadline is None:
             if limit is None:
                 limit = _set_limit(at, outer)
-        elif deadline.kept:
-            caller: Any = _waiting_caller()
-            if caller is not None and getattr(caller, "deadline", None) == at and clock is SYSTEM_CLOCK:
-                task = caller.task
-                if (
-                    task is not None
-                    and task.get_coro().cr_running
-                    and (_current_task is None or task is _current_task())
-                ):
-                    return await inner(data, context)  # type: ignore[no-any-return]  # it is cut with that call
+        elif deadline.kept and clock is SYSTEM_CLOCK and _caller_cuts_at(at):
+            return await inner(data, context)  # type: ignore[no-any-return]  # it is cut with that call
 
         driver: _Driver | None = None
-        cause: BaseException | None = None
         try:
             # A step that never waits needs no timer: nothing could fire while it runs. Whether this one will is guessed
             # from the last call, as what is cheap for the one is dear for the other.
@@ -187,19 +179,18 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     starter = _starters.pop()
                 except IndexError:
                     starter = _make_starter()
-                start, answer = starter
-                waited = start(step)
-                if waited is answer:
-                    result = answer[0]
-                    answer[0] = None
+                waited = starter[1](step)
+                if waited is starter:
+                    result = starter[0]
+                    starter[0] = None
                     _starters.append(starter)
                     if monotonic() < at:
                         return result  # type: ignore[no-any-return]
                     waited = _NOTHING
                 else:
                     self._waits = True
-                    answer.clear()
-                    coroutine = start.__self__
+                    coroutine = starter[1].__self__
+                    starter.clear()
             if waited is not _NOTHING:
                 if limit is None:  # the deadline may be moved: then this limit may be the one that strikes
                     limit = _set_limit(now + self.timeout_seconds, outer)
@@ -207,28 +198,26 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                 driver = _Driver(waited, coroutine, clock, at, deadline, limit, borrowed)
                 try:
                     result = await driver
+                except (Exception, asyncio.CancelledError) as error:
+                    if not driver.fired:
+                        raise
+                    driver.cause = error
+                else:
+                    if not driver.fired and (monotonic() < driver.at or driver.has_moved()):
+                        return result  # type: ignore[no-any-return]
                 finally:
                     driver.end()
-                if not driver.fired and (monotonic() < driver.at or driver.has_moved()):
-                    return result  # type: ignore[no-any-return]
             elif monotonic() < at:
                 return result  # type: ignore[no-any-return]
-        except BaseException as error:
-            if driver is None or not driver.fired or not isinstance(error, (Exception, asyncio.CancelledError)):
-                raise
-            cause = error
         finally:
             if limit is not None:
                 limit.over = True
                 limit.task = None
                 # Not reset(token): a step that is left behind ends in another context than it began in.
                 _set_time_limit(outer)
-        try:
-            if driver is not None:
-                deadline, borrowed = driver.deadline, driver.borrowed
-            return await self._cut(data, context, driver, deadline, borrowed is not None, cause)
-        finally:
-            cause = driver = None  # their frames lead back to this one
+        if driver is not None:
+            deadline, borrowed = driver.deadline, driver.borrowed
+        return await self._cut(data, context, driver, deadline, borrowed is not None)
 
     async def _cut(
         self,
@@ -237,15 +226,18 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         driver: _Driver | None,
         deadline: Deadline | None,
         borrowed: bool,
-        cause: BaseException | None,
     ) -> Out:
         """Say that the step took too long, or let the fallback answer; *borrowed*: at the limit around this one."""
-        fired = driver is not None and driver.fired
+        fired = False
+        cause: BaseException | None = None
         error: StepTimeoutError | None = None
         detached = ""
         try:
-            if driver is not None and driver.orphan is not None:
-                detached = leave_behind(*driver.orphan, self.primitive)
+            if driver is not None:
+                fired = driver.fired
+                cause, driver.cause = driver.cause, None  # the frames of one lead to the other
+                if driver.orphan is not None:
+                    detached = leave_behind(*driver.orphan, self.primitive)
             if driver is not None and driver.withdraw():
                 # Somebody else has cancelled as well, and that comes first.
                 raise cause if isinstance(cause, asyncio.CancelledError) else asyncio.CancelledError()
@@ -313,6 +305,15 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
         return inner.peek(data, context) if inner.peeks else MISS
 
 
+def _caller_cuts_at(moment: float) -> bool:
+    """Say whether a caller waits who cuts, at *moment*, the very task that asks."""
+    caller = _waiting_caller()
+    if caller is None or caller.deadline != moment:
+        return False
+    task: Any = caller.task
+    return task is not None and task.get_coro().cr_running and (_current_task is None or task is _current_task())
+
+
 def _cut_with(step: WorkflowPrimitive[Any, Any]) -> list[WorkflowPrimitive[Any, Any]]:
     """Return *step* and those parts of it that a limit around it cuts.
 
@@ -341,31 +342,29 @@ def _awaiting(run: Run) -> Run:
 
 
 @types.coroutine
-def _first_steps(answer: list[Any]) -> Generator[Any, Any, Any]:
+def _first_steps(starter: list[Any]) -> Generator[Any, Any, Any]:
     """Run one coroutine after another until it waits for something, without the cost of a StopIteration for each.
 
-    Sent a coroutine, it yields *answer* with its result in it; or what the coroutine waits for, and from then on it is
-    as good as that coroutine itself: whoever goes on with it has emptied *answer*.
+    Sent a coroutine, it yields *starter* with the result in its first place; or what the coroutine waits for, and from
+    then on it is as good as that coroutine itself: whoever goes on with it has emptied *starter*.
     """
-    coroutine = yield answer
     while True:
-        result = yield from coroutine
+        result = yield from (yield starter)
         try:
-            answer[0] = result
+            starter[0] = result
         except IndexError:
             return result
-        result = coroutine = None
-        coroutine = yield answer
+        result = None
 
 
-def _make_starter() -> tuple[Any, list[Any]]:
-    answer: list[Any] = [None]
-    start = _first_steps(answer).send
-    start(None)
-    return start, answer
+def _make_starter() -> list[Any]:
+    starter: list[Any] = [None]  # for the result
+    starter.append(_first_steps(starter).send)
+    starter[1](None)
+    return starter
 
 
-_starters: deque[tuple[Any, list[Any]]] = deque()
+_starters: deque[list[Any]] = deque()
 """Those at rest: as many as have ever been at work at one moment, one inside the other or on several threads. Taken and
 given back by atomic operations; one whose coroutine raised, or waits, does not come back. Not a list, which gives its
 memory back when its last item is taken, and asks for it again: a tenth of a microsecond."""
@@ -508,6 +507,7 @@ class _Driver:
 
     task: Any  # None once the step has ended within its limit
     fired = False
+    cause: BaseException | None = None  # what the step ended with after it was cancelled here
     orphan: tuple[asyncio.Task[Any], Any] | None = None  # the step's task and coroutine, where it was left behind
     over = False
     _abandon = False
@@ -732,8 +732,8 @@ def leave_behind(orphan: asyncio.Task[Any], coroutine: Any, step: WorkflowPrimit
     """Keep the task of *step*, which outlived its cancellation, until it ends; count it; return why it was left."""
     orphans.add(orphan)
     orphan.add_done_callback(_orphan_ended)
-    count = getattr(current_caller.get(), "step_left_behind", None)
-    level = logging.DEBUG if count is not None and count() == "quietly" else logging.WARNING
+    caller = _waiting_caller()
+    level = logging.DEBUG if caller is not None and caller.step_left_behind() == "quietly" else logging.WARNING
     frame, excuse = _standing(coroutine)
     if frame is not None:
         name, place = frame.f_code.co_qualname, f"{frame.f_code.co_filename}:{frame.f_lineno}"
