@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, cast
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cancel_reason, time_limit
@@ -210,9 +210,10 @@ class CountWindow:
         else:
             marks.append(0)
 
-    def add_good(self, now: float) -> None:
-        """Count a call that was neither failed nor slow."""
+    def add_good(self, now: float) -> bool:
+        """Count a call that was neither failed nor slow; return :attr:`settled`."""
         self.add(False, False, now)
+        return self.settled
 
     @property
     def settled(self) -> bool:
@@ -234,16 +235,19 @@ class TimeWindow:
     ``calls``, ``failures`` and ``slow`` are right as of the last :meth:`add`.
     """
 
-    calls: int
     failures: int
     slow: int
+    settled: ClassVar[bool] = False  # each call counts, as those before it will be forgotten
 
     def __init__(self, seconds: float) -> None:
         self._width = seconds / BUCKETS
         self._newest = 0  # number of the newest bucket since the clock's zero
         self._turns_at = -math.inf
-        self.settled = False  # each call counts, as those before it will be forgotten
         self.clear()
+
+    @property
+    def calls(self) -> int:
+        return self._earlier + self._bucket[0]
 
     def add(self, failed: bool, slow: bool, now: float) -> None:
         """Count a call, and forget what has grown too old."""
@@ -251,37 +255,35 @@ class TimeWindow:
             self._turn(now)
         bucket = self._bucket
         bucket[0] += 1
-        self.calls += 1
         if failed or slow:
             bucket[1] += failed
             bucket[2] += slow
             self.failures += failed
             self.slow += slow
 
-    def add_good(self, now: float) -> None:
-        """Count a call that was neither failed nor slow."""
+    def add_good(self, now: float) -> bool:
+        """Count a call that was neither failed nor slow; return :attr:`settled`."""
         if now >= self._turns_at:
             self._turn(now)
         self._bucket[0] += 1
-        self.calls += 1
+        return False
 
     def _turn(self, now: float) -> None:
         number = int(now // self._width)
         for passed in range(max(self._newest + 1, number - BUCKETS + 1), number + 1):
-            bucket = self._buckets[passed % BUCKETS]
-            self.calls -= bucket[0]
-            self.failures -= bucket[1]
-            self.slow -= bucket[2]
-            bucket[:] = (0, 0, 0)
+            self._buckets[passed % BUCKETS] = [0, 0, 0]
         self._newest = max(self._newest, number)
         self._bucket = self._buckets[self._newest % BUCKETS]
         self._turns_at = (self._newest + 1) * self._width
+        calls, self.failures, self.slow = map(sum, zip(*self._buckets, strict=True))
+        self._earlier = calls - self._bucket[0]
 
     def clear(self) -> None:
         """Forget all calls."""
-        self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]
+        self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]  # calls, failures, slow
         self._bucket = self._buckets[self._newest % BUCKETS]  # the newest
-        self.calls = self.failures = self.slow = 0
+        self._earlier = 0  # calls in the other buckets
+        self.failures = self.slow = 0
 
 
 def window_of(config: CircuitBreakerConfig) -> CountWindow | TimeWindow | None:
@@ -403,8 +405,9 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
         self._shared_name = "" if hints is None else name or shared_name(self.primitive, "circuit breaker")
         self._chance = chance or _chance
         self._window = window_of(self.config)
-        self._times_calls = self.config.slow_call_seconds is not None
-        self._asks_first = hints is not None or self._times_calls
+        times_calls = self.config.slow_call_seconds is not None
+        self._asks_first = hints is not None or times_calls
+        self._window_of_good = None if times_calls else self._window
         self._window_tells_time = isinstance(self._window, TimeWindow)
         self._inner = self.primitive._run
         self._lock = threading.Lock()
@@ -593,16 +596,14 @@ class CircuitBreakerPrimitive(WorkflowPrimitive[In, Out]):
 
     def _succeeded(self, generation: int, began: float, context: WorkflowContext) -> None:
         """Count a good call of the closed state."""
-        window = self._window
-        if window is not None and not self._times_calls:
+        window = self._window_of_good
+        if window is not None:
             now = context.clock.monotonic() if self._window_tells_time else 0.0
             with self._lock:
                 if generation != self._generation:
                     return
                 if not window.failures and not window.slow:
-                    window.add_good(now)
-                    self._failures = 0
-                    self._quiet = window.settled
+                    self._quiet = window.add_good(now)
                     return
         self._ended(None, False, generation, None, began, context)
 
