@@ -21,7 +21,7 @@ from tta_sync.primitives.recovery import (
     RetryPrimitive,
     SagaPrimitive,
     TimeoutPrimitive,
-    timeout as timeout_module,
+    orphans as left_behind,
 )
 from tta_sync.testing import FakeClock
 
@@ -172,7 +172,7 @@ def test_compensations_go_on_when_the_caller_can_no_longer_wait() -> None:
         with pytest.raises(StepTimeoutError):
             await TimeoutPrimitive(ledger.saga("a"), 1.0).execute("x", WorkflowContext(clock=clock))
         assert clock.monotonic() == 2.0
-        await asyncio.wait(set(timeout_module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(main())
     assert clock.monotonic() == 11.0

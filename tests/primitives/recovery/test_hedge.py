@@ -22,7 +22,7 @@ from tta_sync.primitives.recovery import (
     HedgePrimitive,
     RetryBudget,
     TimeoutPrimitive,
-    timeout as timeout_module,
+    orphans as left_behind,
 )
 from tta_sync.primitives.recovery.hedge import percentile
 from tta_sync.testing import FakeClock
@@ -199,8 +199,8 @@ def test_loser_that_swallows_its_cancellation_is_left_behind(caplog: pytest.LogC
     async def main() -> None:
         assert await hedge(stubborn).execute("x", WorkflowContext(clock=clock)) == "quick"
         assert clock.monotonic() == 2.0
-        assert len(timeout_module.orphans) == 1
-        await asyncio.wait(set(timeout_module.orphans))
+        assert len(left_behind.orphans) == 1
+        await asyncio.wait(set(left_behind.orphans))
 
     with caplog.at_level(logging.WARNING, "tta_sync"):
         asyncio.run(main())
@@ -213,7 +213,7 @@ def test_loser_that_swallows_its_cancellation_is_left_behind(caplog: pytest.LogC
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.wait(set(timeout_module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(cancelled())
 

@@ -40,7 +40,9 @@ from tta_sync.primitives.recovery import (
     HedgePrimitive,
     SagaPrimitive,
     TimeoutPrimitive,
+    driver,
     hedge as hedge_module,
+    orphans as left_behind,
     timeout as module,
 )
 from tta_sync.testing import FakeClock
@@ -476,7 +478,7 @@ def test_no_timer_is_set_when_the_waiting_caller_enforces_the_deadline() -> None
 
     async def count(data: Any) -> int:
         await TimeoutPrimitive(lambda data: asyncio.sleep(0), 60.0).execute(1)
-        alarms = getattr(module._thread, "alarms", None)
+        alarms = getattr(driver._thread, "alarms", None)
         return 0 if alarms is None else len(alarms._heap) + (alarms._timer is not None)
 
     async def call(context: WorkflowContext) -> int:
@@ -725,18 +727,18 @@ def test_step_that_swallows_its_cancellation_is_left_behind_after_one_second(
         with pytest.raises(StepTimeoutError, match="was left behind"):
             await flow.execute(1, WorkflowContext(clock=clock))
         assert clock.monotonic() == 2.0
-        assert len(module.orphans) == 1
+        assert len(left_behind.orphans) == 1
         assert ended == ["swallowed"]
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     with caplog.at_level(logging.WARNING, "tta_sync"):
         run_shuffled(main(), seed)
     assert ended == ["swallowed", "ended"]
     assert clock.monotonic() == 6.0
-    assert not module.orphans
+    assert not left_behind.orphans
     (record,) = caplog.records
     assert f"{__file__}:" in record.getMessage()
 
@@ -750,7 +752,7 @@ def test_orphan_is_logged_with_line_and_function_of_the_user(caplog: pytest.LogC
     async def main() -> None:
         with pytest.raises(StepTimeoutError):
             await TimeoutPrimitive(stubborn, 1.0).execute(1, WorkflowContext(clock=FakeClock()))
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     with caplog.at_level(logging.WARNING, "tta_sync"):
         asyncio.run(main())
@@ -762,7 +764,7 @@ def test_orphan_of_a_call_is_counted_by_its_facade(
     loop: str, monkeypatch: pytest.MonkeyPatch, workflow_events: list[events.Event]
 ) -> None:
     """run_sync raises the step's timeout after the grace; stats() counts the orphan and an event tells of it."""
-    monkeypatch.setattr(module, "GRACE", 0.05)
+    monkeypatch.setattr(driver, "GRACE", 0.05)
     stop = threading.Event()
 
     async def stubborn(data: Any) -> None:
@@ -818,7 +820,7 @@ def test_orphan_is_called_by_the_step_when_it_waits_inside_a_primitive(
             StepTimeoutError, match=r"; it had not ended 1 s after its cancellation; it was left behind"
         ):
             await TimeoutPrimitive(wrap(work), 1.0).execute([1, 2], WorkflowContext(clock=clock))
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     monkeypatch.setattr(hedge_module, "GRACE", 60.0)  # so that the timeout is the one to leave it behind
     with caplog.at_level(logging.WARNING, "tta_sync"):
@@ -842,7 +844,7 @@ def test_saga_that_is_still_compensating_is_not_accused(wrap: Any, workflow_even
         with pytest.raises(StepTimeoutError) as caught:
             await TimeoutPrimitive(wrap(saga), 1.0).execute("x", WorkflowContext(clock=clock))
         assert caught.value.detail.startswith("its compensations were still running 1 s after its cancellation; it was")
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(main())
     (orphaned,) = [event for event in workflow_events if isinstance(event, events.CallOrphaned)]
@@ -852,9 +854,9 @@ def test_saga_that_is_still_compensating_is_not_accused(wrap: Any, workflow_even
 
 def test_orphan_has_no_place_when_its_code_is_nobodys() -> None:
     """A step of compiled code, or one of tta_sync's own, has no line to be told."""
-    assert module._place_of(step(len)) == ""
-    assert module._place_of(HANG | HANG) == ""
-    assert module._place_of(Composite(HANG)).startswith(f"{__file__}:")
+    assert left_behind._place_of(step(len)) == ""
+    assert left_behind._place_of(HANG | HANG) == ""
+    assert left_behind._place_of(Composite(HANG)).startswith(f"{__file__}:")
 
 
 def test_orphan_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -867,7 +869,7 @@ def test_orphan_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         with pytest.raises(StepTimeoutError):
             await TimeoutPrimitive(stubborn, 1.0).execute(1, WorkflowContext(clock=FakeClock()))
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
         await asyncio.sleep(0)
 
     with caplog.at_level(logging.WARNING, "tta_sync"):
@@ -895,7 +897,7 @@ def test_orphan_can_be_cancelled_at_the_end_of_the_loop() -> None:
 
     asyncio.run(main())
     assert seen == ["cancelled again"]
-    assert not module.orphans
+    assert not left_behind.orphans
 
 
 @pytest.mark.parametrize("scope", ["asyncio.timeout", "TaskGroup", "ours"])
@@ -937,7 +939,7 @@ def test_scopes_inside_an_orphan_never_reach_the_caller(scope: str) -> None:
         time_limit.set(None)
         with pytest.raises(StepTimeoutError):
             await TimeoutPrimitive(stubborn, 1.0, name="outer").execute(1, context)
-        orphans = set(module.orphans)
+        orphans = set(left_behind.orphans)
         assert orphans or scope == "ours"
         await clock.sleep(30.0)  # an unrelated wait of the caller: it must not be cancelled
         task = asyncio.current_task()
@@ -969,7 +971,7 @@ def test_cancellation_that_a_scope_inside_an_orphan_asked_for_does_not_count_aga
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(main())
 
@@ -1005,7 +1007,7 @@ def test_foreign_future_type_is_cancelled_a_second_time(caplog: pytest.LogCaptur
     async def main() -> None:
         with pytest.raises(StepTimeoutError, match="left behind"):
             await TimeoutPrimitive(stubborn, 1.0).execute(1, WorkflowContext(clock=FakeClock()))
-        (orphan,) = module.orphans
+        (orphan,) = left_behind.orphans
         await asyncio.sleep(0)
         orphan.cancel()
         await asyncio.wait([orphan])
@@ -1034,8 +1036,8 @@ def test_step_in_several_limits_is_left_behind_once(
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
-        while module.orphans:
-            await asyncio.wait(set(module.orphans))
+        while left_behind.orphans:
+            await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(main())
     assert ended.count("swallowed") <= len(limits)
@@ -1063,7 +1065,7 @@ def test_busy_step_is_left_behind_too() -> None:
         with pytest.raises(StepTimeoutError, match="left behind"):
             await task
         stop.append(True)
-        await asyncio.wait(set(module.orphans))
+        await asyncio.wait(set(left_behind.orphans))
 
     asyncio.run(main())
 
@@ -1241,10 +1243,10 @@ def test_entries_of_ended_steps_do_not_pile_up_behind_a_long_one() -> None:
         await asyncio.sleep(0)
         for _ in range(1000):
             await TimeoutPrimitive(sleeping(0), 2e6).execute(1, context)
-        size = len(module._thread.alarms._heap)
+        size = len(driver._thread.alarms._heap)
         hanging.cancel()
         await asyncio.wait([hanging])
-        assert not module._thread.alarms._heap
+        assert not driver._thread.alarms._heap
         return size
 
     assert asyncio.run(main()) <= 203
@@ -1266,19 +1268,19 @@ def test_real_clock_keeps_one_timer_for_calls_in_a_row() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         clock = Counting()
-        alarms = module._thread.alarms = module._Alarms(loop, clock)  # type: ignore[arg-type]
+        alarms = driver._thread.alarms = driver._Alarms(loop, clock)  # type: ignore[arg-type]
         context = WorkflowContext(clock=clock)  # type: ignore[arg-type]
-        module_clock = module.SYSTEM_CLOCK
-        module.SYSTEM_CLOCK = clock  # type: ignore[assignment, misc]
+        module_clock = driver.SYSTEM_CLOCK
+        driver.SYSTEM_CLOCK = clock  # type: ignore[assignment, misc]
         try:
             for _ in range(100):
                 await TimeoutPrimitive(lambda data: asyncio.sleep(0), 30.0).execute(1, context)
             assert len(armed) == 1
             with pytest.raises(StepTimeoutError):
                 await TimeoutPrimitive(lambda data: asyncio.sleep(60), 0.01).execute(1, context)
-            assert module._thread.alarms is alarms
+            assert driver._thread.alarms is alarms
         finally:
-            module.SYSTEM_CLOCK = module_clock  # type: ignore[misc]
+            driver.SYSTEM_CLOCK = module_clock  # type: ignore[misc]
 
     asyncio.run(main())
 
@@ -1313,7 +1315,7 @@ def test_cancel_at_any_moment_leaves_nothing_armed(seed: int, run_shuffled: Call
             clock.jump(0.25)
         task.cancel()
         await asyncio.wait([task])
-        assert ticks == 0 or not module._thread.alarms._heap
+        assert ticks == 0 or not driver._thread.alarms._heap
         assert time_limit.get() is None
         return not task.cancelled()
 

@@ -14,7 +14,8 @@ from tta_sync.primitives.core.base import In, Out, WorkflowPrimitive, as_primiti
 from tta_sync.primitives.core.composition import check_composition
 from tta_sync.primitives.core.options import is_number
 from tta_sync.primitives.recovery.naming import call_name
-from tta_sync.primitives.recovery.timeout import TimeoutPrimitive, excuses
+from tta_sync.primitives.recovery.orphans import excuses
+from tta_sync.primitives.recovery.timeout import TimeoutPrimitive
 
 if TYPE_CHECKING:
     from tta_sync.primitives.core.diagram import Outline

@@ -17,8 +17,8 @@ from tta_sync.primitives.core.options import is_count, is_number
 from tta_sync.primitives.observability.instrumented import give_trace
 from tta_sync.primitives.recovery.forks import renew_after_fork
 from tta_sync.primitives.recovery.naming import call_name
+from tta_sync.primitives.recovery.orphans import GRACE, leave_behind
 from tta_sync.primitives.recovery.retry import RetryBudget, check_budget
-from tta_sync.primitives.recovery.timeout import GRACE, leave_behind
 
 OBSERVED = 100
 """How many calls the observed delay looks back on."""
