@@ -143,9 +143,15 @@ def not_called(error: _Late) -> _Late:
     return error
 
 
+def came_before_call(error: BaseException) -> bool:
+    """Say whether *error* is marked as raised before the step was called."""
+    # Not by getattr: a stranger's error may have an opinion on any name, and raise it.
+    return bool(object.__getattribute__(error, "__dict__").get("before_call"))
+
+
 def was_called(error: BaseException) -> None:
     """Take back that *error* came before the call: not for what surrounds the step, which had called others by then."""
-    if getattr(error, "before_call", False):
+    if came_before_call(error):
         error.before_call = False  # type: ignore[attr-defined]
 
 

@@ -35,15 +35,21 @@ from tta_sync.exceptions import (
     DeadlineExceededError,
     RateLimitedError,
     StepTimeoutError,
+    not_called,
 )
-from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step
+from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, as_primitive, step
 from tta_sync.primitives.core.composition import CompositionWarning
+from tta_sync.primitives.core.conditional import ConditionalPrimitive
+from tta_sync.primitives.core.mapping import MapPrimitive
+from tta_sync.primitives.core.parallel import ParallelPrimitive
+from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
 from tta_sync.primitives.recovery import (
     BulkheadPrimitive,
     CircuitBreakerConfig,
     CircuitBreakerPrimitive,
     CircuitState,
     FallbackPrimitive,
+    HedgePrimitive,
     RetryPrimitive,
     SagaPrimitive,
     TimeoutPrimitive,
@@ -362,6 +368,83 @@ def test_deadline_that_passes_in_a_bulkheads_line_is_no_failure() -> None:
     assert [(type(error), error.before_call) for error in others] == [(DeadlineExceededError, True)] * 2
     assert bench.service.calls == 1
     assert (breaker.state, breaker.failure_count) == (CLOSED, 0)
+
+
+async def _uses_up(data: Any, context: WorkflowContext) -> Any:
+    """Take two seconds; when cut, 0.8 to clean up."""
+    try:
+        await context.clock.sleep(2.0)
+    finally:
+        await context.clock.sleep(0.8)
+    return True
+
+
+def _down(data: Any) -> None:
+    raise OSError("down")
+
+
+LATER = TimeoutPrimitive(step(lambda data: data), 5.0)  # finds that the time is up
+USED_UP: dict[str, Any] = {
+    "Timeout's fallback": TimeoutPrimitive(_uses_up, 0.5, fallback=LATER),
+    "Parallel": ParallelPrimitive([_uses_up, LATER], max_concurrency=1),
+    "Map": MapPrimitive(SwitchPrimitive(lambda item: item, {0: _uses_up}, LATER), max_concurrency=1),
+    "Conditional": ConditionalPrimitive(_uses_up, LATER),
+    "Switch": SwitchPrimitive(_uses_up, {True: LATER}),
+    "Router": RouterPrimitive({True: LATER}, _uses_up),
+    "Sequential": step(_uses_up) >> LATER,
+}
+
+
+@pytest.mark.filterwarnings("ignore::tta_sync.primitives.CompositionWarning")
+@pytest.mark.parametrize("workflow", USED_UP.values(), ids=USED_UP)
+def test_call_that_used_up_the_time_counts_though_a_later_part_says_so(workflow: Any) -> None:
+    """The part that finds no time left was not called; what the breaker is around was."""
+    clock = FakeClock()
+    breaker = CircuitBreakerPrimitive(workflow, failure_threshold=1)
+    context = WorkflowContext(clock=clock, deadline=Deadline.after(1.0, clock))
+    with pytest.raises(DeadlineExceededError) as caught:
+        asyncio.run(breaker.execute([0, 1], context))
+    assert not caught.value.before_call
+    assert breaker.state == OPEN
+
+
+def test_attempt_that_was_not_made_says_nothing_about_the_one_that_was() -> None:
+    """Of a fallback's parts, and of a hedge's attempts: the error of one that found no time left is not the whole."""
+
+    class Late:
+        calls = 0
+
+        async def execute(self, data: Any, context: WorkflowContext) -> Any:
+            self.calls += 1
+            if self.calls > 1:
+                raise not_called(StepTimeoutError("late", 0.0, ""))
+            await context.clock.sleep(2.0)
+            raise StepTimeoutError("made", 2.0, "")
+
+    async def not_made(data: Any) -> None:
+        raise not_called(StepTimeoutError("not made", 0.0, ""))
+
+    async def cut(data: Any) -> None:
+        error: Any = asyncio.CancelledError()
+        error.before_call = True
+        raise error
+
+    def marks(workflow: Any) -> bool:
+        with pytest.raises((StepTimeoutError, asyncio.CancelledError)) as caught:
+            asyncio.run(workflow.execute(1, WorkflowContext(clock=FakeClock())))
+        return bool(getattr(caught.value, "before_call", False))
+
+    late: Any = Late()
+    assert not marks(HedgePrimitive(as_primitive(late), 1.0, idempotent=True))
+    assert marks(HedgePrimitive(not_made, 1.0, idempotent=True))
+    assert not marks(FallbackPrimitive(not_made, _times_out))
+    assert marks(FallbackPrimitive(not_made, not_made))
+    assert not marks(FallbackPrimitive(_down, cut))
+    assert marks(FallbackPrimitive(not_made, cut))
+
+
+def _times_out(data: Any) -> None:
+    raise StepTimeoutError("made", 1.0, "")
 
 
 def test_limit_that_strikes_in_a_bulkheads_line_is_no_failure() -> None:

@@ -178,6 +178,25 @@ def test_compensations_go_on_when_the_caller_can_no_longer_wait() -> None:
     assert clock.monotonic() == 11.0
 
 
+def test_failure_is_the_context_of_a_cancellation_that_hits_its_compensations() -> None:
+    """The cancellation comes out, and what the compensations were for can still be read from it."""
+    ledger = Ledger()
+    failed = ledger.fails["a"] = OSError("down")
+    ledger.takes["undo a"] = 10
+
+    async def main() -> BaseException:
+        clock = FakeClock()
+        task = asyncio.ensure_future(ledger.saga("a").execute("x", WorkflowContext(clock=clock)))
+        while ledger.names != ["a", "undo a"]:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        return caught.value
+
+    assert asyncio.run(main()).__context__ is failed
+
+
 def test_failed_compensations_are_the_cause_when_the_saga_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     """On cancellation the original comes out; a SagaError of the compensations alone hangs on it; the log has it."""
     ledger = Ledger()

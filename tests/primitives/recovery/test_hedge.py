@@ -125,6 +125,23 @@ def test_winner_keeps_its_state_and_the_loser_leaves_none() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("delay", [1.0, None])
+def test_winner_keeps_what_it_deleted_and_its_baggage(delay: float | None) -> None:
+    """All that an attempt has its own copy of is the winner's in the end, with a race and without."""
+
+    async def fetch(data: Any, context: WorkflowContext) -> None:
+        del context.state["old"], context.tags["old"]
+        context.metadata["new"] = context.baggage["new"] = "1"
+
+    async def main() -> None:
+        context = WorkflowContext(clock=FakeClock(), state={"old": 1, "kept": 2}, tags={"old": "1"})
+        await hedge(fetch, delay).execute("x", context)
+        assert (context.state, context.tags) == ({"kept": 2}, {})
+        assert context.metadata == context.baggage == {"new": "1"}
+
+    asyncio.run(main())
+
+
 def test_only_the_winner_marks_the_call_degraded() -> None:
     """What a loser had to make do with on its way is nobody's answer."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tta_sync.context import WorkflowContext
+from tta_sync.exceptions import was_called
 from tta_sync.primitives.core.base import note, shown
 
 Run = Callable[[Any, WorkflowContext], Any]
@@ -50,6 +51,8 @@ class _Branches:
 
     def _failed(self, index: int, error: BaseException) -> None:
         self.failed += 1
+        if self.left < len(self.results):  # another branch has ended
+            was_called(error)
         if self.collect and isinstance(error, Exception):
             self.results[index] = error
         elif not (self.stopping and isinstance(error, asyncio.CancelledError)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.events import bus
+from tta_sync.exceptions import was_called
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name, told
 from tta_sync.primitives.core.routing import SwitchPrimitive as SwitchPrimitive  # where TTA.dev has it
 
@@ -30,6 +31,7 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     tells_itself = True
+    _tta_kind = "choice"
 
     def __init__(
         self,
@@ -60,7 +62,11 @@ class ConditionalPrimitive(WorkflowPrimitive[In, Out]):
     async def _run(self, data: In, context: WorkflowContext) -> Out:
         chosen = self.then_primitive if await self._decide(data, context) else self.else_primitive
         if chosen is not None:
-            result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+            try:
+                result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+            except BaseException as error:
+                was_called(error)  # the condition was, by then
+                raise
             return result
         unchanged: Any = data
         answer: Out = unchanged

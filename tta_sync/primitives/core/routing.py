@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tta_sync.context import WorkflowContext
 from tta_sync.events import bus
-from tta_sync.exceptions import ConfigurationError, NoRouteError
+from tta_sync.exceptions import ConfigurationError, NoRouteError, was_called
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, display_name, told
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     tells_itself = True
+    _tta_kind = "choice"
 
     def __init__(
         self,
@@ -75,7 +76,11 @@ class SwitchPrimitive(WorkflowPrimitive[In, Out]):
         except TypeError:
             raise _no_key(self.selector, key) from None
         if case is not None:
-            result: Out = await (case._run if bus.emit is None else told(case))(data, context)
+            try:
+                result: Out = await (case._run if bus.emit is None else told(case))(data, context)
+            except BaseException as error:
+                was_called(error)  # the selector was, by then
+                raise
             return result
         unchanged: Any = data
         answer: Out = unchanged
@@ -107,6 +112,7 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
     """
 
     tells_itself = True
+    _tta_kind = "choice"
 
     def __init__(
         self, routes: Mapping[Any, StepLike[In, Out]], router_fn: Callable[..., Any], default: Any = None
@@ -145,7 +151,11 @@ class RouterPrimitive(WorkflowPrimitive[In, Out]):
         history = context.state.setdefault("routing_history", [])
         history.append({"route": key, "used_default": used_default, "timestamp": context.clock.time()})
         chosen = self.routes[key]
-        result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+        try:
+            result: Out = await (chosen._run if bus.emit is None else told(chosen))(data, context)
+        except BaseException as error:
+            was_called(error)  # the router function was, by then
+            raise
         return result
 
     def details(self) -> str:

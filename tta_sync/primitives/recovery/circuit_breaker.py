@@ -19,6 +19,7 @@ from tta_sync.exceptions import (
     ConfigurationError,
     DeadlineExceededError,
     StepTimeoutError,
+    came_before_call,
 )
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition
@@ -330,10 +331,10 @@ def _was_before_call(error: BaseException) -> bool:
     """Say whether the time was up before the step was called: whoever raises such an error marks it ``before_call``."""
     if not isinstance(error, _TIME_UP):
         return False
-    if getattr(error, "before_call", False):
+    if came_before_call(error):
         return True
     cause = error.__cause__  # a wait that a limit around it has cut
-    return isinstance(cause, asyncio.CancelledError) and getattr(cause, "before_call", False)
+    return isinstance(cause, asyncio.CancelledError) and came_before_call(cause)
 
 
 def _shared(hints: Any) -> CircuitHints:

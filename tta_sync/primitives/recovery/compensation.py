@@ -138,6 +138,8 @@ class SagaPrimitive(WorkflowPrimitive[In, Out]):
                     return failure
                 return SagaError(f"a step failed, and {len(errors)} of its compensations too", [failure, *errors])
             ending = interrupts[-1] if isinstance(failure, Exception) else failure
+            if ending is not failure and ending.__context__ is None:
+                ending.__context__ = failure  # as a `finally` would leave it
             if errors:
                 ending.__cause__ = SagaError(f"{len(errors)} compensations failed", errors)
                 # Who cancels rarely looks at the cause, run_sync's caller has only a timeout: people must hear of it.

@@ -7,7 +7,7 @@ from typing import Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext, cut_off
-from tta_sync.exceptions import ConfigurationError
+from tta_sync.exceptions import ConfigurationError, came_before_call, was_called
 from tta_sync.primitives.core.base import (
     In,
     Out,
@@ -111,10 +111,16 @@ class FallbackPrimitive(WorkflowPrimitive[In, Out]):
                 try:
                     answer = await step._run(data, context)
                 except Exception as next_error:
+                    if not came_before_call(next_error):
+                        was_called(first)
                     if next_error is not first:
                         which = f"fallback {position} of {len(self.fallbacks)}, {shown(step)}"
                         note(first, f"{which}, failed as well: {shown(next_error)}")
                     failed, error = step, next_error
+                except BaseException as cut:
+                    if not came_before_call(first):
+                        was_called(cut)
+                    raise
                 else:
                     context.mark_degraded()
                     return answer

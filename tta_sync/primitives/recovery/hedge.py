@@ -10,7 +10,7 @@ from typing import Any
 
 from tta_sync import events
 from tta_sync.context import WorkflowContext
-from tta_sync.exceptions import ConfigurationError
+from tta_sync.exceptions import ConfigurationError, came_before_call, was_called
 from tta_sync.primitives.core.base import In, Out, StepLike, WorkflowPrimitive, as_primitive, note, shown
 from tta_sync.primitives.core.composition import check_composition, children_of
 from tta_sync.primitives.core.options import is_count, is_number
@@ -153,6 +153,8 @@ class _Race:
         self._running = 0
         self._errors: list[BaseException] = []
         self._winner: tuple[Any, WorkflowContext] | None = None
+        # What each attempt has its own copy of, with the keys that are in it at the start: the winner may delete some.
+        self._given = {name: set(getattr(context, name)) for name in ("state", "metadata", "tags", "baggage")}
         self._woken: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
@@ -236,7 +238,10 @@ class _Race:
         if self._winner is not None:
             result, won = self._winner
             context = self._context
-            for kept, copy in ((context.state, won.state), (context.metadata, won.metadata), (context.tags, won.tags)):
+            for name, keys in self._given.items():
+                kept, copy = getattr(context, name), getattr(won, name)
+                for key in keys - copy.keys():
+                    kept.pop(key, None)
                 kept.update(copy)
             context.checkpoints.extend(won.checkpoints)
             if won.degraded:
@@ -244,6 +249,8 @@ class _Race:
             return result
         errors, self._errors = self._errors, []  # else each error's frames would lead back to it
         first = next((error for error in errors if not isinstance(error, Exception)), errors[0])
+        if not all(map(came_before_call, errors)):
+            was_called(first)
         try:
             if isinstance(first, Exception):
                 others = [shown(error) for error in errors if error is not first]

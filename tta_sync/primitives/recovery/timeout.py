@@ -10,7 +10,7 @@ from typing import Any
 from tta_sync import events
 from tta_sync.clock import SYSTEM_CLOCK
 from tta_sync.context import Deadline, WorkflowContext, limit_in_force
-from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError, not_called
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, StepTimeoutError, not_called, was_called
 from tta_sync.primitives.core.base import MISS, In, Out, StepLike, WorkflowPrimitive, as_primitive
 from tta_sync.primitives.core.composition import check_composition, children_of, inside, is_unbound
 from tta_sync.primitives.core.naming import call_name
@@ -78,7 +78,7 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             )
         self.primitive: WorkflowPrimitive[In, Out] = as_primitive(primitive)
         self.timeout_seconds = float(timeout_seconds)
-        inner = (self.primitive, *dict(inside(self.primitive)))
+        inner = (self.primitive, *(part for part, _ in inside(self.primitive)))
         self.fallback: WorkflowPrimitive[In, Out] | None = None if fallback is None else as_primitive(fallback)
         self.track_timeouts = track_timeouts
         if name is not None:
@@ -240,7 +240,11 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
             self._fell_back(self.fallback, context, error)
         finally:
             error = cause = driver = None
-        return await self.fallback._run(data, context)
+        try:
+            return await self.fallback._run(data, context)
+        except BaseException as failure:
+            was_called(failure)
+            raise
 
     def _timed_out(self, context: WorkflowContext, detached: str, blocked: bool, borrowed: bool) -> StepTimeoutError:
         """Note that the limit was hit, and make the error that says so.
