@@ -34,6 +34,9 @@ from tta_sync.exceptions import (
 )
 from tta_sync.primitives.core.base import MISS, WorkflowPrimitive, step
 from tta_sync.primitives.core.composition import CompositionWarning
+from tta_sync.primitives.core.conditional import ConditionalPrimitive
+from tta_sync.primitives.core.mapping import MapPrimitive
+from tta_sync.primitives.core.routing import RouterPrimitive, SwitchPrimitive
 from tta_sync.primitives.recovery import (
     CircuitBreakerPrimitive,
     FallbackPrimitive,
@@ -183,6 +186,15 @@ def test_mistakes_in_the_program_are_not_retried_by_default(mistake: type[Except
     with pytest.raises(mistake):
         run(RetryPrimitive(flaky))
     assert len(flaky.moments) == 1
+
+
+def test_group_is_retried_by_default_unless_there_is_a_mistake_in_it() -> None:
+    """What a TaskGroup in a step raises is judged by what it holds."""
+    for errors, attempts in (([OSError(), ValueError()], 4), ([OSError(), ExceptionGroup("in", [TypeError()])], 1)):
+        flaky = failing(ExceptionGroup("of a task group", errors))
+        with pytest.raises(ExceptionGroup):
+            run(RetryPrimitive(flaky))
+        assert len(flaky.moments) == attempts
 
 
 @pytest.mark.parametrize("passing", [ConnectionError, TimeoutError, OSError, ValueError, RuntimeError, KeyError])
@@ -775,6 +787,14 @@ REPLAYABLE = [
     (FallbackPrimitive(FREE, ONCE), NEVER),
     (FallbackPrimitive(ONCE, FREE), NOT_SENT),
     (FREE >> TimeoutPrimitive(FREE >> ONCE, 1), NOT_SENT),
+    (MapPrimitive(FREE), ANY_ERROR),
+    (MapPrimitive(ONCE), NEVER),
+    (ConditionalPrimitive(bool, FREE, TWICE), ANY_ERROR),
+    (ConditionalPrimitive(bool, ONCE), NOT_SENT),
+    (ConditionalPrimitive(bool, ONCE, FREE), NOT_SENT),
+    (SwitchPrimitive(str, {"a": FREE, "b": FREE >> ONCE}), NOT_SENT),
+    (SwitchPrimitive(str, {"a": FREE}, ONCE >> FREE), NEVER),
+    (RouterPrimitive({"a": ONCE, "b": FREE}, str), NOT_SENT),
 ]
 
 

@@ -35,6 +35,7 @@ class MapPrimitive(WorkflowPrimitive[Iterable[In] | AsyncIterable[In], list[Out]
     """
 
     tells_itself = True
+    _tta_kind = "map"
 
     def __init__(self, step: StepLike[In, Out], *, max_concurrency: int = 10, on_error: OnError = "raise") -> None:
         self.step: WorkflowPrimitive[In, Out] = as_primitive(step)

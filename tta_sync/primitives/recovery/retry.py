@@ -268,7 +268,8 @@ def replayable(step: WorkflowPrimitive[Any, Any], above: frozenset[int] = frozen
     """Say after which errors *step* may run a second time, judged by what is declared idempotent inside it.
 
     In a sequence only the last step may be one that must not run twice: an error of it still tells whether it ran. With
-    one earlier, or in a branch, an error of another step tells nothing about it.
+    one earlier, in a branch, or for other items of a Map, an error of another step tells nothing about it. Of the steps
+    that one is chosen from, the others did not run.
     """
     if step.idempotent is not None:
         return ANY if step.idempotent else NOT_SENT
@@ -278,11 +279,14 @@ def replayable(step: WorkflowPrimitive[Any, Any], above: frozenset[int] = frozen
     verdicts = [replayable(part, above) for part in children_of(step)]
     if all(verdict is ANY for verdict in verdicts):
         return ANY
+    kind = type(step)._tta_kind
     if len(verdicts) == 1:
-        return verdicts[0]
+        return NEVER if kind == "map" else verdicts[0]
+    if kind == "choice":
+        return NEVER if NEVER in verdicts else NOT_SENT
     if isinstance(step, SequentialPrimitive) and all(verdict is ANY for verdict in verdicts[:-1]):
         return verdicts[-1]
-    if type(step)._tta_kind == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
+    if kind == "fallback" and all(verdict is ANY for verdict in verdicts[1:]):
         return verdicts[0]  # what comes out is the primary's error
     return NEVER
 
@@ -525,7 +529,8 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
             proven = self._replayable is NOT_SENT and not refused and isinstance(error, self._not_sent)
             if not proven:
                 code = "not_idempotent"
-                reason = "the step is declared idempotent=False and may have had its effect"
+                which = "the step" if self.primitive.idempotent is False else "a step in it"
+                reason = f"{which} is declared idempotent=False and may have had its effect"
         allowed = self._budget is None or self._budget.failed()
         if reason:
             return _no_more(code, reason)
@@ -554,7 +559,7 @@ class RetryPrimitive(WorkflowPrimitive[In, Out]):
             return f"{kind} is not in retry_on"
         if self._retry is not None:
             return "" if await _value_of(self._retry(state)) else f"{step_name(self._retry)} does not ask for it"  # type: ignore[arg-type]
-        if self._retry_on is None and isinstance(error, GIVE_UP):
+        if self._retry_on is None and _is_fatal(error):
             return f"{kind} is not mended by another attempt"
         return ""
 
@@ -622,6 +627,13 @@ def _refusal(result: Any, attempt: int) -> Exception:
     outcome = Future(attempt)
     outcome.set_result(result)
     return RetryError(outcome)
+
+
+def _is_fatal(error: BaseException) -> bool:
+    """Say whether another attempt would end the same; an ExceptionGroup's would, if one of its errors is such."""
+    return isinstance(error, GIVE_UP) or (
+        isinstance(error, BaseExceptionGroup) and any(map(_is_fatal, error.exceptions))
+    )
 
 
 def _asks_to_try_again(error: Exception) -> bool:
