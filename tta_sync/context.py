@@ -8,6 +8,7 @@ on a context.
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from tta_sync.clock import SYSTEM_CLOCK, Clock
-from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError
 
 T = TypeVar("T")
 
@@ -140,6 +141,10 @@ class WorkflowContext:
     ) -> None:
         if deadline is not None and not isinstance(deadline, Deadline):
             raise TypeError(f"deadline is a Deadline, not {deadline!r}: write Deadline.after(seconds)")
+        if deadline is not None and deadline.clock is not clock:
+            raise ConfigurationError(
+                "the deadline is on another clock than the context: write Deadline.after(seconds, clock)"
+            )
         self.workflow_id = workflow_id
         self.session_id = session_id
         self.player_id = player_id
@@ -178,6 +183,10 @@ class WorkflowContext:
     @correlation_id.setter
     def correlation_id(self, value: str) -> None:
         self._correlation_id = value
+
+    def __getstate__(self) -> object:
+        self.correlation_id  # noqa: B018  # a copy has the same, also if nobody has asked for it so far
+        return super().__getstate__()
 
     def checkpoint(self, name: str) -> None:
         """Note that *name* was reached now."""
@@ -246,15 +255,19 @@ class WorkflowContext:
             self.baggage.copy(),
             self.tags.copy(),
             self.start_time,
-            None,
-            self.deadline,
-            self.tenant,
-            self.clock,
+            tenant=self.tenant,
+            clock=self.clock,
         )
+        child.deadline = self.deadline
         child._parent = self
         child.causation_id = self.correlation_id
         child.reporter = self.reporter
-        return child
+        if type(self) is WorkflowContext:
+            return child
+        own = copy.copy(self)  # with whatever a subclass has added
+        for name in WorkflowContext.__slots__:
+            setattr(own, name, getattr(child, name))
+        return own
 
     def next_call(self) -> WorkflowContext:
         """Make the context of another call in the same request or job: same id, deadline and tenant, fresh state."""
@@ -268,10 +281,10 @@ class WorkflowContext:
             correlation_id=self.correlation_id,
             causation_id=self.causation_id,
             baggage=self.baggage.copy(),
-            deadline=self.deadline,
             tenant=self.tenant,
             clock=self.clock,
         )
+        following.deadline = self.deadline
         following.reporter = self.reporter
         return following
 

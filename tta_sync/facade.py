@@ -49,6 +49,7 @@ from tta_sync.primitives.core.base import (
     is_replaced,
     sort_arguments,
     step_name,
+    with_keywords,
 )
 from tta_sync.runtime import generation
 from tta_sync.runtime.call import Call, register_interrupt
@@ -209,7 +210,13 @@ class SyncFacade:
     ) -> Out: ...
     @overload
     def run_sync(
-        self, workflow: Workflow, data: Any = ..., context: Any = ..., *, timeout: float | None = ...
+        self,
+        workflow: Workflow,
+        data: Any = ...,
+        context: Any = ...,
+        *,
+        timeout: float | None = ...,
+        input_data: Any = ...,
     ) -> Any: ...
     def run_sync(
         self,
@@ -218,11 +225,13 @@ class SyncFacade:
         context: WorkflowContext | None = None,
         *,
         timeout: float | None = None,
+        input_data: Any = None,
     ) -> Any:
         """Run a workflow and wait for its result.
 
         *workflow* is any object with ``async execute(data, context)``, ours or a foreign one. *context* defaults to one
-        that continues the current request or job. *timeout* is the whole call's, in seconds.
+        that continues the current request or job. *timeout* is the whole call's, in seconds. *input_data* is TTA.dev's
+        name for *data*.
 
         Raises:
             DeadlineExceededError: the timeout, or the context's deadline, has passed.
@@ -235,6 +244,8 @@ class SyncFacade:
             loop = self._start()
         if get_ident() == loop.ident or _get_running_loop() is not None:
             self._refuse(loop, step_name(workflow))
+        if input_data is not None:
+            data, context = with_keywords(data, context, {"input_data": input_data})
         if not isinstance(context, WorkflowContext) or isinstance(data, WorkflowContext):
             if context is None and not isinstance(data, WorkflowContext):
                 current = current_context()
@@ -656,12 +667,19 @@ def run_sync(
     timeout: float | None = ...,
 ) -> Out: ...
 @overload
-def run_sync(workflow: Workflow, data: Any = ..., context: Any = ..., *, timeout: float | None = ...) -> Any: ...
 def run_sync(
-    workflow: Workflow, data: Any = None, context: WorkflowContext | None = None, *, timeout: float | None = None
+    workflow: Workflow, data: Any = ..., context: Any = ..., *, timeout: float | None = ..., input_data: Any = ...
+) -> Any: ...
+def run_sync(
+    workflow: Workflow,
+    data: Any = None,
+    context: WorkflowContext | None = None,
+    *,
+    timeout: float | None = None,
+    input_data: Any = None,
 ) -> Any:
     """Run a workflow on the default facade: :meth:`SyncFacade.run_sync`."""
-    return _default.run_sync(workflow, data, context, timeout=timeout)
+    return _default.run_sync(workflow, data, context, timeout=timeout, input_data=input_data)
 
 
 def call_sync(async_fn: Callable[..., Awaitable[T]], /, *args: Any, timeout: float | None = None, **keywords: Any) -> T:

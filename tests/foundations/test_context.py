@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import pickle
 import re
 import threading
 import uuid
@@ -26,7 +28,7 @@ from tta_sync.context import (
     running_context,
     time_limit,
 )
-from tta_sync.exceptions import DeadlineExceededError
+from tta_sync.exceptions import ConfigurationError, DeadlineExceededError
 from tta_sync.testing import FakeClock
 
 # ---- the contract of WorkflowContext ------------------------------------------------------------------------------
@@ -268,6 +270,40 @@ def test_one_id_is_given_when_many_threads_ask_first(monkeypatch):
             ids = list(pool.map(attrgetter("correlation_id"), [context] * 8))
         assert len({*ids, context.correlation_id}) == 1
     assert context_module._asked_first == {}
+
+
+def test_deadline_on_another_clock_is_refused():
+    """A fake clock would never come to a moment of the real one."""
+    clock = FakeClock()
+    with pytest.raises(
+        ConfigurationError, match=r"on another clock than the context: write Deadline.after\(seconds, clock\)"
+    ):
+        WorkflowContext(clock=clock, deadline=Deadline.after(5.0))
+    context = WorkflowContext(clock=clock)
+    context.deadline = Deadline.after(5.0)  # as run_sync(timeout=5.0) sets it, which waits on the real one
+    assert context.create_child_context().deadline is context.deadline is context.next_call().deadline
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda context: pickle.loads(pickle.dumps(context))])
+def test_copy_has_the_same_id_when_nobody_has_asked_for_it(copied):
+    """The id is made at first use; a copy counts as one."""
+    context = WorkflowContext()
+    assert copied(context).correlation_id == context.correlation_id
+
+
+def test_child_of_a_subclass_is_one_with_all_that_it_has():
+    """A branch of a parallel finds the attributes that the user's own class has added."""
+
+    class Own(WorkflowContext):
+        def __init__(self, user):
+            super().__init__(state={"a": 1})
+            self.user = user
+
+    parent = Own("ada")
+    child = parent.create_child_context()
+    assert (type(child), child.user, child.state) == (Own, "ada", {"a": 1})
+    assert child.state is not parent.state
+    assert (child.causation_id, child._parent) == (parent.correlation_id, parent)
 
 
 def test_number_in_the_place_of_a_deadline_is_refused():

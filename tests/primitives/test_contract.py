@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -148,9 +149,12 @@ CALLS: dict[str, Callable[[Any, WorkflowContext], Any]] = {
     "execute(data)": lambda p, c: asyncio.run(p.execute("x")),
     "run_sync(workflow, data, context)": lambda p, c: run_sync(p, "x", c),
     "run_sync(workflow, context, data)": lambda p, c: run_sync(p, c, "x"),
+    "run_sync(workflow, input_data=, context=)": lambda p, c: run_sync(p, input_data="x", context=c),
+    "run_sync(workflow, context, input_data=)": lambda p, c: run_sync(p, c, input_data="x"),
     "run_sync(workflow, data)": lambda p, c: run_sync(p, "x", timeout=30.0),
     "workflow.run_sync(data, context)": lambda p, c: p.run_sync("x", c, timeout=30.0),
     "workflow.run_sync(context, data)": lambda p, c: p.run_sync(c, "x"),
+    "workflow.run_sync(input_data=)": lambda p, c: p.run_sync(input_data="x"),
 }
 
 
@@ -217,6 +221,66 @@ def test_primitive_composes_with_all_others(build: Callable[[], Any], result: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompositionWarning)  # a Retry around a Cache or a Fallback works, too
         assert run_sync(TimeoutPrimitive(RetryPrimitive(build(), max_retries=1), 30.0), "x") == result
+
+
+def test_error_with_an_opinion_on_every_name_comes_through() -> None:
+    """Its ``__getattr__`` raises something else than AttributeError, as one that looks into a dict does."""
+
+    class ApiError(Exception):
+        def __getattr__(self, name: str) -> Any:
+            return self.args[0][name]
+
+    error = ApiError({"code": 7})
+    undone: list[Any] = []
+
+    @step
+    def fail(data: Any) -> None:
+        raise error
+
+    for workflow in (
+        step(str) >> fail,
+        RetryPrimitive(fail, max_retries=1, backoff_strategy="constant"),
+        SagaPrimitive([(str, undone.append), (fail, undone.append)]),
+        FallbackPrimitive(fail, fail),
+        fail | fail,
+        CircuitBreakerPrimitive(TimeoutPrimitive(fail, 5.0)),
+    ):
+        with pytest.raises(ApiError) as caught:
+            run_sync(workflow, 1)
+        assert caught.value is error
+    assert undone == ["1", 1]
+
+
+@dataclass
+class Unhashable(WorkflowPrimitive[Any, Any]):
+    """A step that compares by its fields, as dataclasses do."""
+
+    answer: Any
+
+    async def execute(self, data: Any, context: WorkflowContext) -> Any:
+        return self.answer
+
+
+class Likeminded(CircuitBreakerPrimitive[Any, Any]):
+    """A stateful primitive that is equal to others, and so has no hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Likeminded)
+
+
+UNHASHABLE: dict[str, Callable[[Any], Any]] = {
+    "Timeout around a chain": lambda a: TimeoutPrimitive(a >> a, 5),
+    "Timeout around a Retry": lambda a: TimeoutPrimitive(RetryPrimitive(a), 5),
+    "Saga": lambda a: SagaPrimitive([(a >> a, a)]),
+    "Parallel of chains": lambda a: ((a >> a) | (a >> a)) >> (lambda data: data[1]),
+    "Breaker": lambda a: Likeminded(Likeminded(a)),
+}
+
+
+@pytest.mark.parametrize("build", UNHASHABLE.values(), ids=UNHASHABLE)
+def test_steps_need_no_hash(build: Callable[[Any], Any]) -> None:
+    """A dataclass as a step composes like any other."""
+    assert run_sync(build(Unhashable("answer")), "x") == "answer"
 
 
 @pytest.mark.parametrize("build", [build for build, _ in ROWS.values()], ids=ROWS)

@@ -332,6 +332,16 @@ def test_subclass_may_bind_execute_to_what_has_no_signature() -> None:
 # ---- functions ----------------------------------------------------------
 
 
+class Dispatched:
+    @functools.singledispatchmethod
+    def method(self, data: Any) -> Any:
+        raise AssertionError
+
+    @method.register
+    def _(self, data: int) -> int:
+        return data + 1
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -339,6 +349,9 @@ def test_subclass_may_bind_execute_to_what_has_no_signature() -> None:
         lambda data, context: data + context.state["one"],
         lambda context, data: data + context.state["one"],
         lambda data, context=None: data + context.state["one"],
+        lambda ctx, data=None: data + ctx.state["one"],
+        functools.cache(lambda data, context: data + context.state["one"]),
+        Dispatched().method,
         lambda data, by=1: data + by,
         lambda *arguments: arguments[0] + arguments[1].state["one"],
         lambda data: coroutine_function(data, WorkflowContext()),

@@ -98,7 +98,7 @@ Run = Callable[[Any, Any, WorkflowContext], Coroutine[Any, Any, Any]]
 def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = None) -> tuple[Any, WorkflowContext]:
     """Bring every order and keyword spelling of ``execute`` to (data, context); make a context where there is none."""
     if keywords:
-        data, context = _with_keywords(data, context, keywords)
+        data, context = with_keywords(data, context, keywords)
     if isinstance(data, WorkflowContext) and not isinstance(context, WorkflowContext):
         data, context = context, data
     if context is None:
@@ -109,7 +109,12 @@ def sort_arguments(data: Any, context: Any, keywords: dict[str, Any] | None = No
     return data, context
 
 
-def _with_keywords(data: Any, context: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
+def with_keywords(data: Any, context: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
+    """Return data and context of a call that spells some of them as *keywords*.
+
+    Raises:
+        TypeError: a keyword is unknown, or says again what was said already.
+    """
     unknown = keywords.keys() - {"data", "input_data", "context"}
     if unknown:
         raise TypeError(f"execute() takes data (or input_data) and context, not {', '.join(sorted(unknown))}")
@@ -221,7 +226,8 @@ class WorkflowPrimitive(Generic[In, Out]):
     tells_itself: ClassVar[bool] = False  # True: composites around it emit no StepStarted and StepEnded for it
     runs_on: ClassVar[str] = "loop"  # or "caller", or "pool"
     _operator: str = ""  # with which the repr joins several parts, so that brackets go round it
-    _tta_kind: ClassVar[str] = ""  # "cache", "fallback", "saga", "timeout": for who asks without importing the class
+    # "cache", "choice", "fallback", "map", "saga", "timeout": for who asks without importing the class.
+    _tta_kind: ClassVar[str] = ""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -264,10 +270,14 @@ class WorkflowPrimitive(Generic[In, Out]):
 
         execute = _entry(_run)
 
-    def run_sync(self, data: Any = None, context: Any = None, *, timeout: float | None = None) -> Out:
+    def run_sync(
+        self, data: Any = None, context: Any = None, *, timeout: float | None = None, input_data: Any = None
+    ) -> Out:
         """Run the workflow on the managed loop and wait for its result: :func:`tta_sync.run_sync` as a method."""
         if not hasattr(ports, "sync_entry"):
             importlib.import_module("tta_sync.facade")  # fills the port; by name, since it is a layer above
+        if input_data is not None:
+            data, context = with_keywords(data, context, {"input_data": input_data})
         result: Out = ports.sync_entry(self, data, context, timeout)
         return result
 
@@ -527,9 +537,7 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
         ConfigurationError: it can be called in none of these ways.
     """
     try:
-        signature = inspect.signature(function, follow_wrapped=False)
-        if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-            signature = inspect.signature(function)  # a wrapper that passes on what it gets: what it wraps decides
+        signature = _signature(function)
     except (TypeError, ValueError):  # some builtins have no signature
         return function, False
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -542,7 +550,7 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
     # A second parameter with a default is the context only if it is called so: round(x, ndigits=None) is not.
     two = not isinstance(function, type) and (
         sum(p.default is p.empty for p in positional) == 2
-        or (len(positional) >= 2 and positional[1].name in _CONTEXT_NAMES)
+        or (len(positional) >= 2 and not _CONTEXT_NAMES.isdisjoint(p.name for p in positional[:2]))
         or (not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()))
     )
     try:
@@ -554,6 +562,34 @@ def calling_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], bool
     if two and positional and positional[0].name in _CONTEXT_NAMES:
         return (lambda data, context: function(context, data)), True
     return function, two
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return how *function* is called; of a wrapper that passes on what it gets, what it wraps decides.
+
+    Raises:
+        TypeError, ValueError: it does not say.
+    """
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+        if all(p.kind is not p.VAR_POSITIONAL for p in signature.parameters.values()):
+            return signature
+    except ValueError:  # functools.cache's have none of their own
+        pass
+    signature = inspect.signature(function)
+    if isinstance(function, types.FunctionType) and function.__code__ is _SINGLE_DISPATCH:
+        # Bound already, though what it wraps shows the object it is bound to.
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return signature
+
+
+class _Dispatching:
+    @functools.singledispatchmethod
+    def method(self, data: Any) -> None: ...
+
+
+_SINGLE_DISPATCH = getattr(_Dispatching().method, "__code__", None)
+"""The code that all bound singledispatchmethods share; None where they are no functions (from Python 3.14 on)."""
 
 
 def takes_context(function: Callable[..., Any]) -> bool:

@@ -178,5 +178,5 @@ def _open_branches(side: Any) -> tuple[Any, ...]:
 
 
 def _only_caller(branch: WorkflowPrimitive[Any, Any]) -> bool:
-    leaves = [part for part in (branch, *dict(inside(branch))) if not children_of(part)]
+    leaves = [part for part in (branch, *(part for part, _ in inside(branch))) if not children_of(part)]
     return bool(leaves) and all(type(part).runs_on == "caller" for part in leaves)

@@ -14,16 +14,17 @@ class Shared(Protocol):
         """In the child: take a fresh lock, and forget what calls of the parent's threads hold."""
 
 
-_shared: weakref.WeakSet[Shared] = weakref.WeakSet()  # added to under the GIL; read by the child's only thread
+# By identity: a subclass may compare its objects as it likes. Added to under the GIL; read by the child's only thread.
+_shared: weakref.WeakValueDictionary[int, Shared] = weakref.WeakValueDictionary()
 
 
 def renew_after_fork(state: Shared) -> None:
     """Have ``state.after_fork()`` called in every child process, for as long as *state* lives."""
-    _shared.add(state)
+    _shared[id(state)] = state
 
 
 def _in_child() -> None:
-    for state in list(_shared):
+    for state in list(_shared.values()):
         state.after_fork()
 
 
