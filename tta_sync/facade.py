@@ -160,14 +160,14 @@ class SyncFacade:
         pool_size: int = 32,
         drive: Literal["thread", "caller"] = "thread",
     ) -> None:
-        if max_in_flight is not None and max_in_flight < 1:
+        if max_in_flight is not None and not max_in_flight >= 1:
             raise ConfigurationError(f"max_in_flight is {max_in_flight}: it must be at least 1, or None for no limit")
-        if default_timeout is not None and default_timeout <= 0:
+        if default_timeout is not None and not default_timeout > 0:
             raise ConfigurationError(
                 f"default_timeout is {default_timeout}: give seconds above 0, or None for no limit"
             )
-        if grace < 0:
-            raise ConfigurationError(f"grace is {grace}: give seconds, 0 or more")
+        if not 0 <= grace < math.inf:
+            raise ConfigurationError(f"grace is {grace}: give seconds, 0 or more, and not for ever")
         if pool_size < 1:
             raise ConfigurationError(f"pool_size is {pool_size}: it must be at least 1")
         if drive not in ("thread", "caller"):
@@ -243,7 +243,7 @@ class SyncFacade:
         if loop is None or loop.generation != generation.current.number or loop.dead:
             loop = self._start()
         if get_ident() == loop.ident or _get_running_loop() is not None:
-            self._refuse(loop, step_name(workflow))
+            self._refuse(loop, workflow)
         if input_data is not None:
             data, context = with_keywords(data, context, {"input_data": input_data})
         if not isinstance(context, WorkflowContext) or isinstance(data, WorkflowContext):
@@ -265,6 +265,7 @@ class SyncFacade:
         else:
             fn = getattr(workflow, "execute", None)
             if fn is None:
+                _drop(workflow)
                 raise TypeError(
                     f"run_sync takes an object with `async execute(data, context)`, not {workflow!r}: "
                     "write call_sync(function, ...) for a coroutine function, or make it a workflow with @step"
@@ -303,7 +304,7 @@ class SyncFacade:
         if loop is None or loop.generation != generation.current.number or loop.dead:
             loop = self._start()
         if get_ident() == loop.ident or _get_running_loop() is not None:
-            self._refuse(loop, step_name(async_fn))
+            self._refuse(loop, async_fn)
         if not callable(async_fn):
             raise _not_a_function("call_sync", async_fn)
         current = running_context.get()
@@ -346,12 +347,12 @@ class SyncFacade:
         loop = self._loop
         if loop is None or loop.generation != generation.current.number or loop.dead:
             loop = self._start()
-        name = step_name(source)
         if get_ident() == loop.ident or _get_running_loop() is not None:
-            self._refuse(loop, name)
+            self._refuse(loop, source)
+        name = step_name(source)
         if buffer < 1:
             raise ConfigurationError(f"buffer is {buffer}: the generator must be allowed at least 1 item ahead")
-        if item_timeout is not None and item_timeout <= 0:
+        if item_timeout is not None and not item_timeout > 0:
             raise ConfigurationError(f"item_timeout is {item_timeout}: give seconds above 0, or None for no limit")
         caller_context = contextvars.copy_context()
         if isinstance(source, WorkflowPrimitive):
@@ -371,6 +372,7 @@ class SyncFacade:
                     given = stream
                     stream = lambda: given  # noqa: E731  # an async generator that was called already
                 else:
+                    _drop(source)
                     raise TypeError(f"iterate_sync takes an async generator function, not {source!r}")
             current = current_context()
             deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
@@ -423,14 +425,17 @@ class SyncFacade:
         own.kept = True
         return own.at, own.seconds
 
-    def _refuse(self, loop: ManagedLoop, name: str) -> None:
+    def _refuse(self, loop: ManagedLoop, given: Any) -> None:
         """Refuse what could only deadlock."""
+        name = step_name(given)
         if get_ident() == loop.ident:
+            _drop(given)
             raise WouldDeadlockError(
                 f"{name} was called from the loop thread, which would wait for itself: await it instead"
             )
         if threads_are_greenlets() and asyncio.current_task(_get_running_loop()) is None:
             return  # the running loop belongs to another greenlet of this thread, which is not in it now
+        _drop(given)
         raise WouldDeadlockError(
             f"{name} was called inside a running event loop, which would stand still meanwhile: await it instead, "
             "or call it from a thread (asyncio.to_thread)"
@@ -591,9 +596,15 @@ def _thread_names() -> dict[int | None, str]:
     return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
-def _not_a_function(name: str, given: object) -> TypeError:
+def _drop(given: object) -> None:
+    """Close a coroutine that nobody will await, so that Python does not complain of that as well."""
     if inspect.iscoroutine(given):
         given.close()
+
+
+def _not_a_function(name: str, given: object) -> TypeError:
+    _drop(given)
+    if inspect.iscoroutine(given):
         return TypeError(f"{name} takes the coroutine function, not the coroutine: write {name}(fn, *args)")
     return TypeError(f"{name} takes a coroutine function, not {given!r}")
 

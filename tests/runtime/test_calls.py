@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import math
 import re
 import sys
 import threading
@@ -123,6 +124,23 @@ def test_coroutine_is_closed_when_it_is_passed_in_place_of_its_function(facade):
     """A coroutine object is refused with the remedy, and closed: no "never awaited" warning follows."""
     with pytest.raises(TypeError, match=re.escape("call_sync(fn, *args)")):
         facade.call_sync(add(1, 2))
+    with pytest.raises(TypeError, match="run_sync takes an object"):
+        facade.run_sync(add(1, 2))
+    with pytest.raises(TypeError, match="iterate_sync takes an async generator function"):
+        facade.iterate_sync(add(1, 2))
+    gc.collect()
+
+
+@pytest.mark.parametrize("entry", ["call_sync", "run_sync", "iterate_sync"])
+def test_coroutine_is_closed_when_it_is_passed_where_no_call_can_be_made(facade, entry):
+    """Inside a running loop, the facade's own or another: the refusal is all that there is to hear."""
+
+    async def call_here():
+        with pytest.raises(WouldDeadlockError):
+            getattr(facade, entry)(add(1, 2))
+
+    asyncio.run(call_here())
+    facade.call_sync(call_here)
     gc.collect()
 
 
@@ -134,7 +152,17 @@ def test_plain_function_is_an_error_of_the_call_when_it_returns_nothing_to_await
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_in_flight": 0}, {"default_timeout": 0}, {"grace": -1}, {"default_timeout": -0.5}]
+    "settings",
+    [
+        {"max_in_flight": 0},
+        {"max_in_flight": math.nan},
+        {"default_timeout": 0},
+        {"default_timeout": -0.5},
+        {"default_timeout": math.nan},
+        {"grace": -1},
+        {"grace": math.nan},
+        {"grace": math.inf},
+    ],
 )
 def test_facade_is_refused_when_its_settings_cannot_work(make_facade, settings):
     """Settings that cannot work are a ConfigurationError where they are written."""

@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from tta_sync import run_on_caller
 from tta_sync.exceptions import LoopUnavailableError, TTASyncError
+from tta_sync.facade import SyncFacade
 
 
 @pytest.fixture
@@ -320,6 +322,132 @@ def test_processes_answer_when_multiprocessing_forks_them(facade, in_thread):
 
 
 # ------------------------------------------------------------------------------------- children that end normally
+
+
+LEAVES = {
+    "returns": ("return 0", 0, ""),
+    "exits": ("sys.exit(3)", 3, ""),
+    "exits with a word": ("sys.exit('so it ends')", 1, "so it ends"),
+    "fails": ("raise ValueError('in the child')", 1, "ValueError: in the child"),
+}
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_child_ends_with_the_coroutine_that_forked_it(run_program, options, leaves):
+    """It runs no other code of the loop, ends with a status that says how, and the parent's loop wakes as before."""
+    code, status, said = LEAVES[leaves]
+    # Where callers drive, one does all the while: a child forked by the driver's own call returns to its caller.
+    ended = run_program(
+        f"""
+        async def forks():
+            loop = asyncio.get_running_loop()
+            woken = loop.create_future()
+
+            def wake():
+                woken.set_result(None)
+                for _ in range(3):
+                    loop.call_soon(other)  # in the same turn as what follows here, and after it
+
+            loop.call_soon(wake)
+            await woken
+            pid = os.fork()
+            if not pid:
+                {code}
+            return pid
+
+        def other():
+            say("parent's" if os.getpid() == parent else "parent's, in its child")
+
+        async def nap():
+            await asyncio.sleep(0.001)
+
+        async def drives():
+            while not done:
+                await asyncio.sleep(0.001)
+
+        parent, done = os.getpid(), []
+        driver = threading.Thread(target=facade.call_sync, args=(drives,))
+        driver.start()
+        until(facade.in_flight)
+        for _ in range(3):
+            pid = facade.call_sync(forks)
+            say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            for _ in range(50):
+                facade.call_sync(nap, timeout=20)
+        done.append(1)
+        driver.join()
+        last()
+        """,
+        quiet=False,
+    )
+    assert [line for line in ended.said if "parent's" not in line] == [str(status)] * 3
+    assert ended.said.count("parent's") == 9
+    if not options.get("use_uvloop"):  # which shows nobody what is ready to run
+        assert "parent's, in its child" not in ended.said
+    assert ended.stderr.count(said) >= 3 if said else ended.stderr == ""
+
+
+def test_child_forked_on_uvloop_polls_none_of_its_parents_descriptors(in_child):
+    """libuv polls once more before it leaves, and would take a wake-up from the epoll that both share."""
+    facade = SyncFacade(use_uvloop=True)
+
+    async def forks():
+        loop = asyncio.get_running_loop()
+
+        def watched():
+            return Path(f"/proc/self/fdinfo/{loop._get_backend_id()}").read_text().count("tfd:")
+
+        return watched(), in_child(watched)
+
+    before, inside = facade.call_sync(forks, timeout=30)
+    assert (before > 0, inside) == (True, "0")
+    facade.shutdown(0)
+
+
+def test_loop_goes_on_when_a_subprocess_is_started_on_it(facade, works):
+    """uvloop runs the hooks of a fork in the child of every subprocess: the program has nothing of the loop's."""
+    look = "import glob, os; print([os.readlink(fd) for fd in glob.glob('/proc/self/fd/*') if os.path.exists(fd)])"
+
+    async def run():
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", look, stdout=asyncio.subprocess.PIPE)
+        said, _ = await process.communicate()
+        return said.decode(), process.returncode
+
+    open_there, status = facade.call_sync(run, timeout=30)
+    assert (status, "eventpoll" in open_there) == (0, False)
+    works(facade)
+
+
+def test_child_does_not_count_what_goes_on_in_its_parent(run_program):
+    """A child that leaves an inherited stream, or a caller step of an inherited call, says nothing of orphans."""
+    ended = run_program(
+        """
+        async def numbers():
+            number = 0
+            while True:
+                yield number
+                number += 1
+                await asyncio.sleep(0.01)
+
+        def forks():
+            pid = os.fork()
+            if not pid:
+                sys.exit(0)
+            say(os.waitpid(pid, 0)[1])
+
+        async def step():
+            await run_on_caller(forks)
+
+        with facade.iterate_sync(numbers) as stream:
+            next(stream)
+            forks()
+            say(next(stream))
+        facade.call_sync(step)
+        last()
+        """
+    )
+    assert ended.said == ["0", "1", "0"]
+    assert ended.stderr == ""
 
 
 @pytest.mark.parametrize(

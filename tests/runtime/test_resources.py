@@ -204,6 +204,38 @@ def test_factory_is_tried_again_when_it_failed(facade):
     facade.shutdown()
 
 
+def test_waiters_are_told_when_the_factory_raises_what_a_future_refuses(facade, expires):
+    """``resource(lambda: next(endpoints))`` without endpoints: a RuntimeError, caused by the StopIteration."""
+    endpoints = iter([])
+    shared = facade.resource(lambda: next(endpoints))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="factory raised StopIteration") as caught:
+            facade.call_sync(use(shared), timeout=20)
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+
+def test_one_error_object_does_not_grow_when_the_factory_raises_it_again_and_again(facade):
+    """Its traceback is as long at the hundredth use as at the first."""
+    down = ConnectionError("down")
+
+    @asynccontextmanager
+    async def client():
+        raise down
+        yield
+
+    shared = facade.resource(client)
+    lengths = set()
+    for _ in range(100):
+        with pytest.raises(ConnectionError) as caught:
+            facade.call_sync(use(shared))
+        frames, entry = 0, caught.value.__traceback__
+        while entry is not None:
+            frames, entry = frames + 1, entry.tb_next
+        lengths.add(frames)
+        del caught
+    assert len(lengths) == 1
+
+
 def test_every_waiter_gets_its_own_error_when_the_factory_fails(facade, in_thread, eventually):
     """Waiters of a factory that fails get the failure each as an object of their own, with a short traceback."""
     waiting, release = [], threading.Event()

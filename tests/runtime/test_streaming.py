@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ from tta_sync import WorkflowContext, current_context, run_on_caller
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, LoopUnavailableError, SaturatedError
 from tta_sync.facade import SyncFacade
 from tta_sync.primitives.streaming import StreamingPrimitive
+from tta_sync.runtime.streaming import Stream
 
 
 class Source:
@@ -180,6 +182,12 @@ def test_generator_ends_when_the_iterator_is_collected_on_the_loop_thread(facade
 
     facade.call_sync(drop, timeout=10)
     assert source.ended.wait(10)
+
+
+def test_stream_that_was_struck_before_it_was_made_is_dropped_in_silence() -> None:
+    """A signal's exception in the first line of ``__init__`` leaves an object that has nothing to close."""
+    Stream.__new__(Stream)
+    gc.collect()  # pytest hears of what ``__del__`` raises
 
 
 def test_error_of_the_generator_comes_after_its_items(facade: SyncFacade) -> None:
@@ -443,8 +451,9 @@ def test_wrong_arguments_are_refused_with_the_remedy(facade: SyncFacade) -> None
     """What cannot work is refused where it is written."""
     with pytest.raises(ConfigurationError, match="at least 1"):
         facade.iterate_sync(Source(), buffer=0)
-    with pytest.raises(ConfigurationError, match="item_timeout"):
-        facade.iterate_sync(Source(), item_timeout=0)
+    for item_timeout in (0, math.nan):
+        with pytest.raises(ConfigurationError, match="item_timeout"):
+            facade.iterate_sync(Source(), item_timeout=item_timeout)
     with pytest.raises(TypeError, match="async generator function"):
         facade.iterate_sync([1, 2, 3])
     with pytest.raises(TypeError, match="async iterable"):

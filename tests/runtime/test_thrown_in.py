@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tta_sync.exceptions import DeadlineExceededError, LoopUnavailableError
-from tta_sync.facade import SyncFacade
+from tta_sync.facade import SyncFacade, run_on_caller
 from tta_sync.runtime import driven, loop, native
 
 
@@ -264,6 +264,42 @@ def test_other_threads_are_answered_when_a_storm_of_signals_met_the_first_call(r
         quiet=False,
     )
     assert ended.said == ["[42, 42, 42, 42] 42"]
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_coroutine_is_cleaned_up_when_its_caller_was_struck_as_it_put_the_baton_down(monkeypatch, works, where):
+    """The baton lies in the hands of a thread that does not know of it, and that has to drive the clean-up."""
+    facade = SyncFacade(drive="caller", grace=0.9)  # within a second nobody else looks whether it lies there
+    works(facade)
+    real, left, cleaned_up = driven.DrivenLoop._pass_on, [], []
+
+    def struck(self, mark):
+        if self._baton.get("holder") is mark and left and steps:
+            left.pop()
+            if where == "after":
+                self._vacant_since = time.monotonic()
+            raise Struck
+        real(self, mark)
+
+    async def many_steps():
+        try:
+            while True:
+                await run_on_caller(steps.append, 1)
+        finally:
+            cleaned_up.append(1)
+
+    monkeypatch.setattr(driven.DrivenLoop, "_pass_on", struck)
+    try:
+        for count in (1, 2, 3):
+            steps = []
+            left.append(1)
+            with pytest.raises(Struck):
+                facade.call_sync(many_steps)
+            assert len(cleaned_up) == count
+            works(facade)
+        assert facade.stats().orphans == 0
+    finally:
+        facade.shutdown(0)
 
 
 def test_lost_steps_are_looked_for_while_others_queue_theirs(driven_facade, works):

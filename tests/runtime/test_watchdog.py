@@ -133,6 +133,42 @@ def test_nothing_is_reported_when_a_thread_beside_computes(
     assert stalls == []
 
 
+def test_blocking_is_reported_after_the_loops_answer_was_lost(
+    facade: SyncFacade,
+    stalls: list[tuple[float, events.LoopStalled]],
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
+) -> None:
+    """What is thrown into the loop's thread may strike the answer itself: the watchdog asks again."""
+
+    async def blocker() -> None:
+        time.sleep(0.5)
+
+    async def nothing() -> None:
+        await asyncio.sleep(0)
+
+    facade.call_sync(nothing)
+    assert facade._loop is not None
+    real, lost = watchdog.Watchdog._answer, []
+
+    def answer(self: watchdog.Watchdog) -> None:
+        if not lost and self is dog:
+            lost.append(1)
+        else:
+            real(self)
+
+    dog = facade._loop.watchdog
+    monkeypatch.setattr(watchdog.Watchdog, "_answer", answer)
+
+    async def wait() -> None:
+        while not lost or dog.lag > 0.2 or not dog._answered:
+            await asyncio.sleep(0.01)
+
+    facade.call_sync(wait, timeout=20)
+    facade.call_sync(blocker)
+    assert len(stalls) == 1
+
+
 def test_nothing_is_reported_when_calls_only_wait(
     facade: SyncFacade, stalls: list[tuple[float, events.LoopStalled]]
 ) -> None:

@@ -161,6 +161,14 @@ class DrivenLoop(ManagedLoop):
         """Take the baton for *mark*, a new list with this thread's ident in it; say whether it was free."""
         return self._baton.setdefault("holder", mark) is mark
 
+    def _take_back(self, mark: list[int]) -> bool:
+        """Take a baton that lies in this thread's own hands: a signal's exception kept it from putting it down."""
+        return self._free_own() and self._take(mark)
+
+    def _free_own(self) -> bool:
+        holder = self._baton.get("holder")
+        return holder is not None and holder[0] == native.get_ident() and self._is_lost(holder)
+
     def _pass_on(self, mark: list[int]) -> None:
         """Put the baton down, if it is *mark*'s, and wake somebody who may take it."""
         if self._baton.get("holder") is not mark:
@@ -288,7 +296,7 @@ class DrivenLoop(ManagedLoop):
                 self._unpolled = 0
                 self._drain()
             wanted = self.refusing or not self._is_wanted() if call is None else not call.done
-            if wanted and not self.stopping:
+            if wanted and not self.stopping and not self.is_inherited():
                 self.loop.run_forever()
             else:
                 self.loop.stay()
@@ -300,6 +308,8 @@ class DrivenLoop(ManagedLoop):
                 if call is not None and not (broken and isinstance(error, (OSError, RuntimeError, ValueError))):
                     raise  # thrown into this thread from outside, as RQ's TimerDeathPenalty does: it is the caller's
         finally:
+            if call is None or not call.done:
+                self._end_child(sys.exception())  # its own call ends as in the parent, for its caller's copy to see
             self.driver = None
             self.ident = 0
             struck, self.loop.struck = self.loop.struck, None
@@ -407,7 +417,7 @@ class DrivenLoop(ManagedLoop):
         try:
             if aside:
                 self._stand_aside(call, seconds)
-            elif not self._broken and not self.stopping and self._take(mark):
+            elif not self._broken and not self.stopping and (self._take(mark) or self._take_back(mark)):
                 if timed:
                     timer = self.loop.call_later(seconds, call.wake)
                 if mark[0] != self._main:
@@ -439,6 +449,7 @@ class DrivenLoop(ManagedLoop):
     def _stand_aside(self, call: Call, seconds: float) -> None:
         """Wait until there may be something to see about *call*, while another drives."""
         self._aside.add(call)  # from now on, who puts the baton down calls the standby driver
+        self._free_own()
         if not self._armed:
             self._armed = True
             self._ring()

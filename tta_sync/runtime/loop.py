@@ -15,11 +15,14 @@ Life cycle: made by the facade at the first call of a process, dead when its thr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import logging
 import math
 import os
+import select
+import sys
 import threading
 import time
 from asyncio import AbstractEventLoop
@@ -212,9 +215,11 @@ class ManagedLoop:
             while not self.stopping:
                 try:
                     loop.run_forever()
-                except (KeyboardInterrupt, SystemExit):
-                    pass  # raised by some task, which keeps it; asyncio lets it through to here
+                    self._end_child(None)
+                except (KeyboardInterrupt, SystemExit) as error:
+                    self._end_child(error)  # raised by some task, which keeps it; asyncio lets it through to here
                 except BaseException as error:
+                    self._end_child(None)  # the loop's own: it finds itself in another process
                     self.death = error
                     now = time.monotonic()
                     failures.append(now)
@@ -228,6 +233,48 @@ class ManagedLoop:
                     loop.call_soon(self._drain)  # what was thrown in may have struck while the bell was answered
         finally:
             self._bury()
+
+    def is_inherited(self) -> bool:
+        """Say whether this is the copy of a parent's loop, in a child that was forked."""
+        return self.generation != generation.current.number
+
+    def leave_in_child(self) -> None:
+        """See to it that a child forked on this loop's thread does no more than the code that forked it.
+
+        What else was ready to run is the parent's, and so are the events: who polls a shared epoll takes them away.
+        """
+        self._queue.clear()
+        forking = asyncio.current_task(self.loop)
+        for call in [call for call in self.calls if call.done or call.task is not forking]:
+            del self.calls[call]
+        for handle in getattr(self.loop, "_ready", ()):
+            handle.cancel()
+        self._halt()
+        backend = getattr(self.loop, "_get_backend_id", None)
+        if backend is not None:  # uvloop polls once more before it leaves
+            empty = select.epoll()
+            os.dup2(empty.fileno(), backend(), inheritable=False)
+            empty.close()
+
+    def _end_child(self, error: BaseException | None) -> None:
+        """In a child that was forked on this loop's thread, end the process: there is nothing for it to go back to."""
+        if not self.is_inherited():
+            return
+        for call in list(self.calls):
+            if call.error is not None:
+                error = call.error
+        status = 0
+        with contextlib.suppress(Exception):  # of closed streams
+            if isinstance(error, SystemExit):  # as Python itself ends with it
+                status = error.code if isinstance(error.code, int) else int(error.code is not None)
+                if status == 1 and error.code != 1:
+                    sys.stderr.write(f"{error.code}\n")
+            elif error is not None:
+                status = 1
+                logger.error("a child that was forked in a coroutine ended with an error", exc_info=error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status & 0xFF)
 
     def _set_up(self) -> None:
         if self._bell < 0 and hasattr(os, "eventfd"):
@@ -458,6 +505,9 @@ class ManagedLoop:
             call.refuse_work()
         if call.done or not call.sent:
             call.forget()
+        elif self.is_inherited():  # it goes on in the parent, whose business it is
+            if call.task is not None:
+                call.task._log_destroy_pending = False  # type: ignore[attr-defined]
         else:  # the grace is over, or a second interrupt cut it short
             self.leave_orphan(call)
 
@@ -824,6 +874,8 @@ def _forget_in_child() -> None:
         except AttributeError:
             pass  # uvloop's, which does not close itself
         managed.dead = True
+        if managed.ident == native.get_ident():
+            managed.leave_in_child()
 
 
 generation.on_fork(_forget_in_child)

@@ -54,8 +54,20 @@ class _Opened:
         except BaseException as error:
             if self.ready.done():
                 raise  # closing failed
-            self.ready.set_exception(error)
+            self.ready.set_exception(_kept(error))
             self.ready.exception()  # read here too: the first caller may have gone
+
+
+def _kept(error: BaseException) -> BaseException:
+    """Return *error* as those who wait for the resource are to get it."""
+    if isinstance(error, StopIteration):  # a future refuses it, and they would wait for ever
+        refused = RuntimeError("a resource's factory raised StopIteration")
+        refused.__cause__ = error
+        return refused
+    twin = copy_error(error)
+    if twin is not error:
+        error.__traceback__ = None  # one object that is raised at each opening must not grow with them
+    return twin
 
 
 class OpenResources:

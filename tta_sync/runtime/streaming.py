@@ -95,6 +95,8 @@ class Pipe(Generic[T]):
 class Stream(Iterator[T]):
     """The consumer's end: iterate it, close it, or use it in a ``with`` block."""
 
+    _ended = True  # so far: a signal's exception may strike in the first line below
+
     def __init__(
         self,
         owner: object,
@@ -104,7 +106,6 @@ class Stream(Iterator[T]):
         item_timeout: float | None,
         max_in_flight: int | None,
     ) -> None:
-        self._ended = True
         self._owner = owner  # the facade: its loop ends when nobody holds it any more
         self._loop = loop
         self._pipe = pipe

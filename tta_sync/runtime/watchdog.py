@@ -31,6 +31,8 @@ CONFIRM_AFTER = 0.08
 """Seconds for which the loop thread is looked at before it is accused."""
 BUSY_SHARE = 0.25
 """Share of one processor above which the loop thread counts as computing, even beside threads that compete with it."""
+ASK_AGAIN = 1.0
+"""Seconds after which a loop that has not answered is asked once more."""
 QUIET_ROUNDS = 20
 """Rounds without any call or task after which the thread parks."""
 
@@ -116,9 +118,13 @@ class Watchdog:
         instruction = -1
         seen_since = still_since = time.monotonic()
         cpu = self._cpu_time()
+        asked_again = asked
         while not self._answered and not self._has_been_stopped():
             now = time.monotonic()
             self.lag = now - asked
+            if now - asked_again > ASK_AGAIN:
+                asked_again = now
+                self._loop.post(self._answer)  # the first one may have been struck by what was thrown into the loop
             if not reported:
                 frame = running_frame(self._loop.ident, user_frame)
                 if frame is None or suspect is None:
