@@ -145,6 +145,8 @@ class SyncFacade:
         pool_size: threads for ``thread_step``.
         drive: "thread" runs the loop on a thread of its own. "caller" lets the waiting caller drive it, which saves the
             thread switch; the price is that a coroutine that blocks holds whoever drives, beyond the deadline.
+        context_out: let what a call sets in context variables be set for its caller as well, however the call ends, as
+            ``async_to_sync`` always does.
 
     The loop starts at the first call, in whichever process makes it: building a facade at import time, preloading under
     gunicorn and forking workers are safe.
@@ -159,6 +161,7 @@ class SyncFacade:
         use_uvloop: bool = False,
         pool_size: int = 32,
         drive: Literal["thread", "caller"] = "thread",
+        context_out: bool = False,
     ) -> None:
         if max_in_flight is not None and not max_in_flight >= 1:
             raise ConfigurationError(f"max_in_flight is {max_in_flight}: it must be at least 1, or None for no limit")
@@ -184,7 +187,13 @@ class SyncFacade:
         if use_uvloop:
             with contextlib.suppress(ImportError):  # said at the first call
                 import uvloop  # noqa: F401
+        self._flow_out: Callable[[contextvars.Context], None] | None = None
+        if context_out:
+            from tta_sync.runtime.asgiref_bridge import flow_out  # imports asgiref, whose Locals flow as well
+
+            self._flow_out = flow_out
         self.drive = drive
+        self.context_out = context_out
         self.max_in_flight = max_in_flight
         self.default_timeout = default_timeout
         self.grace = grace
@@ -274,16 +283,18 @@ class SyncFacade:
         caller_context = contextvars.copy_context()
         caller_context.run(running_context.set, context)
         if deadline is None or (own_deadline is not None and own_deadline.at == deadline):
-            return loop.conduct(
-                loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context), self.max_in_flight
-            )
+            call = loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context)
+            if self._flow_out is not None:
+                return self._conduct_and_flow(loop, call, caller_context)
+            return loop.conduct(call, self.max_in_flight)
         # The steps must see this call's limit; a context that is used for another call afterwards must not.
         context.deadline = Deadline(deadline, limit)
         context.deadline.kept = True
         try:
-            return loop.conduct(
-                loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context), self.max_in_flight
-            )
+            call = loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context)
+            if self._flow_out is not None:
+                return self._conduct_and_flow(loop, call, caller_context)
+            return loop.conduct(call, self.max_in_flight)
         finally:
             context.deadline = own_deadline
 
@@ -315,7 +326,10 @@ class SyncFacade:
         else:
             deadline, limit = self._deadline(timeout, None if current is None else current.deadline)
         name = getattr(async_fn, "__qualname__", None)
-        call = loop.new_call(async_fn, args, keywords, name, deadline, limit, contextvars.copy_context())
+        context = contextvars.copy_context()
+        call = loop.new_call(async_fn, args, keywords, name, deadline, limit, context)
+        if self._flow_out is not None:
+            return self._conduct_and_flow(loop, call, context)  # type: ignore[no-any-return]
         result: T = loop.conduct(call, self.max_in_flight)
         return result
 
@@ -405,6 +419,13 @@ class SyncFacade:
         in a forked child; a factory that fails is tried again at the next use.
         """
         return Resource(factory, _opened_here)
+
+    def _conduct_and_flow(self, loop: ManagedLoop, call: Call, context: contextvars.Context) -> Any:
+        try:
+            return loop.conduct(call, self.max_in_flight)
+        finally:
+            assert self._flow_out is not None
+            self._flow_out(context)
 
     def _deadline(self, timeout: float | None, own: Deadline | None) -> tuple[float | None, float | None]:
         """Return the call's deadline on ``time.monotonic()`` and its length, both None without a limit."""

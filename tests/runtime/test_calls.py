@@ -1,6 +1,7 @@
 """A plain call: what goes in, what comes out, and where it is refused."""
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import math
@@ -12,7 +13,7 @@ import time
 import anyio
 import pytest
 
-from tta_sync import WorkflowContext, current_context, run_on_caller
+from tta_sync import WorkflowContext, current_context, run_on_caller, step
 from tta_sync.context import Deadline
 from tta_sync.exceptions import ConfigurationError, DeadlineExceededError, LoopUnavailableError, WouldDeadlockError
 from tta_sync.primitives import MISS, WorkflowPrimitive
@@ -244,6 +245,39 @@ def test_context_does_not_flow_out_when_a_coroutine_changes_it(facade):
     assert variable.get() == "outside"
     assert facade.call_sync(read) == "outside"
     assert current_context() is None
+
+
+@pytest.mark.parametrize("entry", ["call_sync", "run_sync", "run_sync with a timeout", "async_to_sync"])
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_context_flows_out_when_it_is_asked_for(make_facade, works, entry, ends):
+    """``context_out=True``: what the coroutine sets stays set for its caller, an error or not; ours stay inside."""
+    facade = make_facade(context_out=True)
+
+    async def sets(data=None, context=None):
+        assert variable.get() == "caller's"
+        variable.set("coroutine's")
+        new.set("too")
+        if ends == "badly":
+            raise OSError("down")
+        return data
+
+    calls = {
+        "call_sync": lambda: facade.call_sync(sets),
+        "run_sync": lambda: facade.run_sync(step(sets), 1),
+        "run_sync with a timeout": lambda: facade.run_sync(step(sets), 1, timeout=20),
+        "async_to_sync": lambda: facade.async_to_sync(sets)(),
+    }
+    new = contextvars.ContextVar("new", default=None)
+
+    def caller():
+        variable.set("caller's")
+        with contextlib.suppress(OSError):
+            calls[entry]()
+        assert current_context() is None
+        works(facade)
+        return variable.get(), new.get()
+
+    assert contextvars.copy_context().run(caller) == ("coroutine's", "too")
 
 
 def test_context_is_each_callers_own_when_threads_call_at_once(facade, in_thread):

@@ -198,7 +198,7 @@ class CallerExecutor(CurrentThreadExecutor):
         context, self.context = self.context, None
         caller, self._caller = self._caller, None
         if context is not None:
-            _flow_out(context)
+            flow_out(context)
         if self._foreign and caller is not None and caller.loop.dead:
             for item in self._foreign.copy():
                 _settle(item, None)
@@ -423,7 +423,7 @@ def _move_locals_here() -> None:
             variable.set(_rehome(value))
 
 
-def _flow_out(context: contextvars.Context) -> None:
+def flow_out(context: contextvars.Context) -> None:
     """Set here what is set in *context*: asgiref's ``_restore_context``, without what is ours."""
     for variable, value in context.items():
         if variable in _OURS:
