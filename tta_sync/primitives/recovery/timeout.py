@@ -34,6 +34,8 @@ __all__ = ["TimeoutPrimitive"]  # no TimeoutError: a star import must not take t
 
 Run = Callable[[Any, WorkflowContext], Coroutine[Any, Any, Any]]
 
+_starters = starters  # CPython 3.11 makes a bound method for each call of an imported name's
+
 TimeoutError = StepTimeoutError  # noqa: A001  # TTA.dev's name for it in this module
 
 
@@ -167,14 +169,14 @@ class TimeoutPrimitive(WorkflowPrimitive[In, Out]):
                     result = stop.value
             else:
                 try:
-                    starter = starters.pop()
+                    starter = _starters.pop()
                 except IndexError:
                     starter = make_starter()
                 waited = starter[1](step)
                 if waited is starter:
                     result = starter[0]
                     starter[0] = None
-                    starters.append(starter)
+                    _starters.append(starter)
                     if monotonic() < at:
                         return result  # type: ignore[no-any-return]
                     waited = NOTHING
