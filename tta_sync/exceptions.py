@@ -300,15 +300,6 @@ class SagaError(WorkflowError, ExceptionGroup[Exception]):
         return twin
 
 
-def for_future(error: BaseException, raiser: str) -> BaseException:
-    """Return *error* as a future takes it: it refuses a StopIteration, and its waiter would wait for ever."""
-    if not isinstance(error, StopIteration):
-        return error
-    wrapped = RuntimeError(f"{raiser} raised StopIteration")
-    wrapped.__cause__ = error
-    return wrapped
-
-
 def copy_error(error: BaseException) -> BaseException:
     """Return *error* for one more raiser: equal in type, arguments, attributes, notes, cause and traceback so far.
 

@@ -282,19 +282,21 @@ class SyncFacade:
             name = step_name(workflow)
         caller_context = contextvars.copy_context()
         caller_context.run(running_context.set, context)
+        if deadline is None or (own_deadline is not None and own_deadline.at == deadline):
+            call = loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context)
+            if self._flow_out is not None:
+                return self._conduct_and_flow(loop, call, caller_context)
+            return loop.conduct(call, self.max_in_flight)
         # The steps must see this call's limit; a context that is used for another call afterwards must not.
-        lent = deadline is not None and (own_deadline is None or own_deadline.at != deadline)
-        if lent:
-            context.deadline = Deadline(deadline, limit)  # type: ignore[arg-type]
-            context.deadline.kept = True
+        context.deadline = Deadline(deadline, limit)
+        context.deadline.kept = True
         try:
             call = loop.new_call(fn, (data, context), None, name, deadline, limit, caller_context)
             if self._flow_out is not None:
                 return self._conduct_and_flow(loop, call, caller_context)
             return loop.conduct(call, self.max_in_flight)
         finally:
-            if lent:
-                context.deadline = own_deadline
+            context.deadline = own_deadline
 
     def call_sync(
         self, async_fn: Callable[..., Awaitable[T]], /, *args: Any, timeout: float | None = None, **keywords: Any

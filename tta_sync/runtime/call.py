@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from tta_sync.clock import Timer
 from tta_sync.context import running_context
-from tta_sync.exceptions import NoCallerError, for_future
+from tta_sync.exceptions import NoCallerError
 
 T = TypeVar("T")
 
@@ -307,8 +307,12 @@ class Work:
                 return
             if error is None:
                 self.future.set_result(result)
+            elif isinstance(error, StopIteration):  # a future refuses it
+                wrapped = RuntimeError("a caller step raised StopIteration")
+                wrapped.__cause__ = error
+                self.future.set_exception(wrapped)
             else:
-                self.future.set_exception(for_future(error, "a caller step"))
+                self.future.set_exception(error)
         except BaseException as struck:  # thrown into the loop thread from outside: the step must not wait for ever
             if not self.future.done():
                 self.future.set_exception(struck)

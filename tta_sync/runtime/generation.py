@@ -7,14 +7,8 @@ generation in which it was made, and nothing else decides whether it may be used
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import sys
 from collections.abc import Callable
-from typing import NoReturn
-
-logger = logging.getLogger("tta_sync")
 
 _disown: list[Callable[[], object]] = []
 
@@ -41,22 +35,6 @@ def _after_fork_in_child() -> None:
 def on_fork(forget: Callable[[], object]) -> None:
     """Call *forget* in every forked child, before any other Python code of it."""
     _disown.append(forget)
-
-
-def end_child(error: BaseException | None) -> NoReturn:
-    """End a forked child as Python ends a process whose main thread ended with *error*, but for what runs at exit."""
-    status = 0
-    with contextlib.suppress(Exception):  # of closed streams
-        if isinstance(error, SystemExit):
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-            if status == 1 and error.code != 1:
-                sys.stderr.write(f"{error.code}\n")
-        elif error is not None:
-            status = 1
-            logger.error("a child that was forked in a coroutine ended with an error", exc_info=error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status & 0xFF)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

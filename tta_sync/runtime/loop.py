@@ -15,12 +15,14 @@ Life cycle: made by the facade at the first call of a process, dead when its thr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import logging
 import math
 import os
 import select
+import sys
 import threading
 import time
 from asyncio import AbstractEventLoop
@@ -217,7 +219,7 @@ class ManagedLoop:
                 except (KeyboardInterrupt, SystemExit) as error:
                     self._end_child(error)  # raised by some task, which keeps it; asyncio lets it through to here
                 except BaseException as error:
-                    self._end_child(error)
+                    self._end_child(None)  # the loop's own: it finds itself in another process
                     self.death = error
                     now = time.monotonic()
                     failures.append(now)
@@ -258,12 +260,21 @@ class ManagedLoop:
         """In a child that was forked on this loop's thread, end the process: there is nothing for it to go back to."""
         if not self.is_inherited():
             return
-        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            error = None  # the loop's own: it finds itself in another process
         for call in list(self.calls):
             if call.error is not None:
                 error = call.error
-        generation.end_child(error)
+        status = 0
+        with contextlib.suppress(Exception):  # of closed streams
+            if isinstance(error, SystemExit):  # as Python itself ends with it
+                status = error.code if isinstance(error.code, int) else int(error.code is not None)
+                if status == 1 and error.code != 1:
+                    sys.stderr.write(f"{error.code}\n")
+            elif error is not None:
+                status = 1
+                logger.error("a child that was forked in a coroutine ended with an error", exc_info=error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status & 0xFF)
 
     def _set_up(self) -> None:
         if self._bell < 0 and hasattr(os, "eventfd"):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from tta_sync.exceptions import for_future
 from tta_sync.runtime import native
 
 P = ParamSpec("P")
@@ -65,8 +64,13 @@ class DaemonPool(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = fn(*args, **kwargs)
+                except StopIteration as error:  # an asyncio future refuses it, and its waiter would wait for ever
+                    refused = RuntimeError("a function on a thread raised StopIteration")
+                    refused.__cause__ = error
+                    future.set_exception(refused)
+                    del refused
                 except BaseException as error:
-                    future.set_exception(for_future(error, "a function on a thread"))
+                    future.set_exception(error)
                 else:
                     future.set_result(result)
                     del result

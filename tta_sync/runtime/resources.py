@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
-from tta_sync.exceptions import LoopUnavailableError, copy_error, for_future
+from tta_sync.exceptions import LoopUnavailableError, copy_error
 
 T = TypeVar("T")
 
@@ -60,12 +60,14 @@ class _Opened:
 
 def _kept(error: BaseException) -> BaseException:
     """Return *error* as those who wait for the resource are to get it."""
-    kept = for_future(error, "a resource's factory")
-    if kept is error:
-        kept = copy_error(error)
-        if kept is not error:
-            error.__traceback__ = None  # one object that is raised at each opening must not grow with them
-    return kept
+    if isinstance(error, StopIteration):  # a future refuses it, and they would wait for ever
+        refused = RuntimeError("a resource's factory raised StopIteration")
+        refused.__cause__ = error
+        return refused
+    twin = copy_error(error)
+    if twin is not error:
+        error.__traceback__ = None  # one object that is raised at each opening must not grow with them
+    return twin
 
 
 class OpenResources:
